@@ -1,0 +1,311 @@
+"""The report of a run, or of several compared: one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import escape
+
+from prefopt.errors import PrefoptError
+from prefopt.eval import plots
+from prefopt.eval.run_folder import Run, is_number, read_lines, read_runs, read_summary
+
+MAX_SAMPLES = 200
+MAX_CELL = 2_000
+MAX_FILE = 20_000
+# Shares of the page in bytes; with the text around them it stays well under 3 MB.
+SAMPLE_BYTES = 1_000_000
+CURVE_BYTES = 1_400_000
+
+COLUMNS = {
+    "win_rate": "win rate, %",
+    "kl": "KL, nats",
+    "mean_length": "mean length",
+    "seconds": "time",
+}
+# What is looked at first; a metric that stands in neither list comes between the two.
+FIRST = ("loss", "rewards", "logps", "kl", "judge", "length")
+LAST = ("grad_norm", "learning_rate", "tokens_per_second", "time")
+NOTES = {
+    "logps": "Both curves may fall while the margin between them rises: the loss asks only that "
+    "the rejected answer lose more probability than the chosen one. Look closer when the chosen "
+    "one falls steeply while KL or length runs away.",
+}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes `report.html` into a run folder, or into a folder of run folders.
+
+    The page holds its plots and its few lines of script, loads nothing and stays under 3 MB: long
+    curves are averaged, long samples and files are cut, and the page says so. It is written aside
+    and renamed, so that a reader never meets half of it.
+
+    Args:
+        run_dir: A folder with any of `metrics.jsonl`, `recipe.yaml`, `environment.json`,
+            `samples.jsonl` and `summary.json`, or one whose sub-folders hold the first three and
+            which itself holds the last two. In `summary.json` win rates are in 0-100, KL in nats,
+            `seconds` in seconds, and a judge's accuracies and errors are fractions.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        PrefoptError: The folder is missing, holds nothing to report on, or `summary.json` is not
+            what it should be.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise PrefoptError(f"{folder}: no such folder: give the folder of a run to report on")
+    remarks: list[str] = []
+    runs = read_runs(folder.resolve(), remarks)
+    summary = read_summary(folder / "summary.json")
+    rows = read_lines(folder.resolve() / "samples.jsonl", remarks)
+    samples = [row for row in rows if isinstance(row.get("answers"), dict)]
+    if not (runs or summary or samples):
+        raise PrefoptError(
+            f"{folder}: nothing to report on: expected metrics.jsonl, summary.json, samples.jsonl, "
+            "recipe.yaml or environment.json here or metrics.jsonl in its sub-folders"
+        )
+    page = _render(folder.resolve().name, runs, summary, samples, remarks)
+    path = folder / "report.html"
+    aside = folder / f".report.{os.getpid()}.tmp"
+    with aside.open("w", encoding="utf-8") as out:
+        out.write(page)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(path)
+    return path
+
+
+def _render(
+    title: str,
+    runs: dict[str, Run],
+    summary: dict[str, Any],
+    samples: list[dict[str, Any]],
+    remarks: list[str],
+) -> str:
+    algorithms: dict[str, dict[str, Any]] = summary.get("algorithms", {})
+    judges = {name: value for name, value in summary.items() if _is_judge(value)}
+    answered = dict.fromkeys(name for row in samples for name in row["answers"])
+    trained = {name: run for name, run in runs.items() if run.metrics}
+    names = dict.fromkeys([*algorithms, *trained, *answered, *judges])
+    styles = {name: plots.style_of(index) for index, name in enumerate(names)}
+    trained = {name: trained[name] for name in names if name in trained}
+    rates = {name: rate for name, row in algorithms.items() if (rate := _rate(row))}
+    with_kl = {name: rate for name, rate in rates.items() if rate.kl is not None}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        seed=summary.get("seed"),
+        styles=styles,
+        algorithms=_algorithm_table(algorithms),
+        bars=plots.win_rate_bars(rates, styles) if rates else None,
+        frontier=plots.frontier(with_kl, styles) if with_kl else None,
+        judges=[_judge(name, value, styles[name]) for name, value in judges.items()],
+        curves=_curves(trained, styles, remarks),
+        run_names=list(trained),
+        samples=_sample_rows(samples),
+        sample_names=[name for name in names if name in answered],
+        files=_files(runs),
+        remarks=remarks,
+    )
+
+
+def _is_judge(value: object) -> bool:
+    return isinstance(value, dict) and ("accuracy" in value or "calibration" in value)
+
+
+def _rate(row: Mapping[str, Any]) -> plots.Rate | None:
+    rate, ci, kl = (row.get(key) for key in ("win_rate", "win_rate_ci", "kl"))
+    if not is_number(rate):
+        return None
+    known = isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci))
+    return plots.Rate(rate, (ci[0], ci[1]) if known else None, kl if is_number(kl) else None)
+
+
+def _algorithm_table(algorithms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Known columns first, then whatever other numbers the summary holds; none of them empty."""
+    found = [key for row in algorithms.values() for key, value in row.items() if is_number(value)]
+    keys = [key for key in dict.fromkeys([*COLUMNS, *found]) if key in found]
+    rows = {name: [_cell(key, row) for key in keys] for name, row in algorithms.items()}
+    return {"head": [COLUMNS.get(key, _spaced(key)) for key in keys], "rows": rows if keys else {}}
+
+
+def _cell(key: str, row: Mapping[str, Any]) -> str:
+    value = row.get(key)
+    if key == "win_rate" and (rate := _rate(row)):
+        return f"{value:.1f}" + (f" [{rate.ci[0]:.1f}, {rate.ci[1]:.1f}]" if rate.ci else "")
+    return _duration(value) if key == "seconds" and is_number(value) else _number(value)
+
+
+def _number(value: object) -> str:
+    """Three significant digits; whole numbers and thousands in full."""
+    if isinstance(value, str):
+        return value
+    if not is_number(value):
+        return "–"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes / 60:.1f} h"
+
+
+def _spaced(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _judge(name: str, values: Mapping[str, Any], style: plots.Style) -> dict[str, Any]:
+    """A judge's numbers, its calibration plot, and tables such as `accuracy_by_length`."""
+    tables = {
+        key: [row for row in value if isinstance(row, dict)]
+        for key, value in values.items()
+        if isinstance(value, list)
+    }
+    keys = ("confidence", "accuracy", "count")
+    bins = [
+        row for row in tables.pop("calibration", []) if all(is_number(row.get(key)) for key in keys)
+    ]
+    return {
+        "name": name,
+        "facts": {_spaced(k): _number(v) for k, v in values.items() if is_number(v)},
+        "plot": plots.calibration_plot(bins, style) if bins else None,
+        "tables": [
+            {
+                "title": _spaced(key),
+                "head": list(rows[0]),
+                "rows": [[_number(row.get(column)) for column in rows[0]] for row in rows],
+            }
+            for key, rows in tables.items()
+            if rows
+        ],
+    }
+
+
+def _curves(
+    runs: Mapping[str, Run], styles: Mapping[str, plots.Style], remarks: list[str]
+) -> list[dict[str, Any]]:
+    """Groups of panels: with several runs, losses and pairs run by run, the rest laid over."""
+    groups: list[dict[str, Any]] = []
+    shared: list[dict[str, Any]] = []
+    size, left_out = 0, 0
+    for metric, members in _panels(runs).items():
+        own = len(runs) > 1 and (metric == "loss" or len(members) > 1)
+        panels = []
+        for shown in [[name] for name in runs] if own else [list(runs)]:
+            lines = [line for name in shown for line in _lines(runs[name], members, styles[name])]
+            if not any(len(line.x) > 1 for line in lines):
+                continue
+            if size > CURVE_BYTES:
+                left_out += 1
+                continue
+            svg = plots.curves(lines, f"{metric} over steps: {', '.join(shown)}")
+            size += len(svg)
+            caption = shown[0] if own else metric
+            note = "" if own else NOTES.get(metric, "")
+            panels.append({"caption": caption, "run": own, "note": note, "svg": svg})
+        if own and panels:
+            groups.append({"title": metric, "note": NOTES.get(metric, ""), "panels": panels})
+        else:
+            shared.extend(panels)
+    if left_out:
+        remarks.append(f"{left_out} panels of curves are left out to keep the page small.")
+    title = "every run on one panel" if groups else ""
+    return groups + ([{"title": title, "note": "", "panels": shared}] if shared else [])
+
+
+def _panels(runs: Mapping[str, Run]) -> dict[str, list[str]]:
+    """Panel -> its metrics: `x/chosen` and `x/rejected` share panel x, `eval_x` joins x."""
+    names = dict.fromkeys(
+        name.removeprefix("eval_") for run in runs.values() for name in run.metrics
+    )
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, last = name.rpartition("/")
+        paired = last in ("chosen", "rejected") and {f"{stem}/chosen", f"{stem}/rejected"} <= set(
+            names
+        )
+        panels.setdefault(stem if paired else name, []).append(name)
+
+    def place(panel: str) -> tuple[int, str]:
+        room = panel.split("/")[0]
+        if room in FIRST:
+            return FIRST.index(room), panel
+        return (100 + LAST.index(room) if room in LAST else 50), panel
+
+    return {panel: sorted(panels[panel]) for panel in sorted(panels, key=place)}
+
+
+def _lines(run: Run, members: Iterable[str], style: plots.Style) -> list[plots.Line]:
+    lines = []
+    for metric in members:
+        last = metric.rpartition("/")[2]
+        label = last if last in ("chosen", "rejected") else ""
+        for name in (metric, f"eval_{metric}"):
+            if points := run.metrics.get(name):
+                held_out = name != metric
+                lines.append(
+                    plots.Line(
+                        list(points),
+                        list(points.values()),
+                        style,
+                        f"{label} evaluation".strip() if held_out else label,
+                        solid=label != "rejected",
+                        points_only=held_out,
+                    )
+                )
+    return lines
+
+
+def _sample_rows(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first samples that fit, each cell cut to MAX_CELL characters."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for sample in samples[:MAX_SAMPLES]:
+        row = {
+            "prompt": _clip(sample.get("prompt", ""), MAX_CELL),
+            "answers": {name: _clip(text, MAX_CELL) for name, text in sample["answers"].items()},
+        }
+        size += sum(
+            len(escape(text).encode()) for text in [row["prompt"], *row["answers"].values()]
+        )
+        if size > SAMPLE_BYTES:
+            break
+        rows.append(row)
+    return {"rows": rows, "total": len(samples)}
+
+
+def _clip(text: object, limit: int) -> str:
+    whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    # A lone surrogate, which JSON can spell and UTF-8 cannot, would make the page unwritable.
+    whole = whole.encode("utf-8", "replace").decode()
+    more = len(whole) - limit
+    return whole if more <= 0 else f"{whole[:limit]} … ({more:,} more characters)"
+
+
+def _files(runs: Mapping[str, Run]) -> list[dict[str, str]]:
+    """Recipes and environments; runs whose file is the same share one entry."""
+    entries = []
+    for kind in ("recipe", "environment"):
+        owners: dict[str, list[str]] = {}
+        for name, run in runs.items():
+            if text := getattr(run, kind):
+                owners.setdefault(text, []).append(name)
+        for text, names in owners.items():
+            who = f" ({', '.join(names)})" if len(runs) > 1 else ""
+            entries.append({"title": f"{kind}{who}", "text": _clip(text, MAX_FILE)})
+    return entries

@@ -1,0 +1,1 @@
+"""Rows, validation, the chat template, token ids and prompt trees."""

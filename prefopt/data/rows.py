@@ -1,0 +1,467 @@
+"""Rows of a data set to preference pairs, demonstrations and prompts; bad rows are named.
+
+Two kinds of text are kept apart. A conversation is a list of messages and goes through the chat
+template; a plain string is continued as it is and never templated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from prefopt.data.sources import LocatedRow, Row
+from prefopt.errors import DataError, PrefoptError
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+Completion = str | list[Message]
+T = TypeVar("T")
+
+# What may come after a message; a conversation begins with a system or a user message.
+_FOLLOWERS = {
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+# Parts of a message that a template would render, so dropping them would change the text.
+_UNSUPPORTED = ("tool_calls", "reasoning_content", "thinking")
+_TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt.
+
+    Attributes:
+        prompt: A string, or messages that end with a user or tool message.
+        chosen: The better answer: a string, or one assistant message, as the prompt is.
+        rejected: The other answer.
+        p_chosen: The probability that ``chosen`` is the better one, in [0, 1]. Below 0.5 the label
+            says that ``rejected`` is; the two are not exchanged.
+        margin: By how much ``chosen`` is better, on the annotator's scale.
+        where: The place of the row, ``file:row``.
+    """
+
+    prompt: Prompt
+    chosen: Completion
+    rejected: Completion
+    p_chosen: float = 1.0
+    margin: float = 0.0
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """An answer to imitate: a string after a string, or one assistant message after messages."""
+
+    prompt: Prompt
+    completion: Completion
+    where: str = ""
+
+
+def parse_pair(row: Row, where: str) -> PreferencePair:
+    """Reads a preference pair.
+
+    Four layouts are accepted; ``p_chosen`` and ``margin`` may stand beside any of them:
+
+    - ``prompt`` as messages, ``chosen`` and ``rejected`` as one assistant message or its text;
+    - ``prompt``, ``chosen`` and ``rejected`` as plain strings;
+    - ``prompt`` as a string, ``chosen`` and ``rejected`` as whole conversations that contain it,
+      or as the assistant message alone;
+    - no ``prompt``: ``chosen`` and ``rejected`` are whole conversations, as messages or as
+      ``Human: ... Assistant: ...`` transcripts, that differ in the last message only.
+
+    Args:
+        row: The row's columns; others are ignored.
+        where: The row's place, for error messages.
+
+    Raises:
+        DataError: If the row is not such a pair; the problem begins with its kind and a colon.
+
+    >>> pair = parse_pair({"chosen": "\\n\\nHuman: 1+1?\\n\\nAssistant: 2",
+    ...                    "rejected": "\\n\\nHuman: 1+1?\\n\\nAssistant: 3"}, "hh.jsonl:1")
+    >>> pair.prompt, pair.chosen
+    ([{'role': 'user', 'content': '1+1?'}], [{'role': 'assistant', 'content': '2'}])
+    """
+    prompt, chosen = _split(row, "chosen", where)
+    other_prompt, rejected = _split(row, "rejected", where)
+    if type(chosen) is not type(rejected):
+        raise _bad(
+            where,
+            "rejected",
+            "wrong type",
+            f"found {_name(row['rejected'])} beside {_name(row['chosen'])} in 'chosen'; expected "
+            "both alike",
+        )
+    if prompt != other_prompt:
+        raise _bad(
+            where,
+            "rejected",
+            "different prompts",
+            "this conversation and the one in 'chosen' differ before their last message; they "
+            "must answer the same prompt: cut both after the first assistant message that differs",
+        )
+    if chosen == rejected:
+        raise _bad(
+            where,
+            "rejected",
+            "chosen equals rejected",
+            "the two answers are the same text; remove the row",
+        )
+    p_chosen = _number(row, "p_chosen", where, default=1.0)
+    if not 0 <= p_chosen <= 1:
+        raise _bad(
+            where,
+            "p_chosen",
+            "out of range",
+            f"found {p_chosen}, expected the probability that 'chosen' is better, from 0 to 1",
+        )
+    margin = _number(row, "margin", where, default=0.0)
+    return PreferencePair(prompt, chosen, rejected, p_chosen, margin, where)
+
+
+def parse_demonstrations(row: Row, where: str) -> list[Demonstration]:
+    """Reads the answers to imitate from ``messages``, or from ``prompt`` and ``completion``.
+
+    Each assistant message of ``messages`` is one demonstration whose prompt is what precedes it.
+    ``prompt`` and ``completion`` may be messages or strings, in the layouts of `parse_pair`.
+
+    Args:
+        row: The row's columns; others are ignored.
+        where: The row's place, for error messages.
+
+    Raises:
+        DataError: If the row holds no demonstration; the problem begins with its kind and a colon.
+
+    >>> turns = [{"role": r, "content": c} for r, c in
+    ...          [("user", "Hi"), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "2")]]
+    >>> [len(d.prompt) for d in parse_demonstrations({"messages": turns}, "chat.jsonl:1")]
+    [1, 3]
+    """
+    if "completion" in row:
+        return [Demonstration(*_split(row, "completion", where), where)]
+    turns = _conversation(row, "messages", where)
+    _require_assistant(turns, "messages", where)
+    demonstrations = []
+    for index, message in enumerate(turns):
+        if message["role"] == "assistant":
+            prompt, completion = turns[:index], [message]
+            _check_prompt(prompt, "messages", where)
+            _check_completion(completion, "messages", where)
+            demonstrations.append(Demonstration(prompt, completion, where))
+    return demonstrations
+
+
+def parse_prompt(row: Row, where: str) -> Prompt:
+    """Reads the prompt to answer, whatever kind of row it stands in.
+
+    It is ``prompt``; or ``messages``, ``chosen`` or ``completion`` without the last assistant
+    message where they hold whole conversations.
+
+    Args:
+        row: The row's columns; others are ignored.
+        where: The row's place, for error messages.
+
+    Raises:
+        DataError: If the row holds no prompt; the problem begins with its kind and a colon.
+
+    >>> parse_prompt({"prompt": "Once upon a time"}, "prompts.jsonl:1")
+    'Once upon a time'
+    """
+    for field in ("chosen", "completion"):
+        if field in row and not isinstance(row.get("prompt"), list):
+            return _split(row, field, where)[0]
+    if "prompt" in row:
+        field, prompt = "prompt", row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = _messages(prompt, field, where)
+    else:
+        field, prompt = "messages", _conversation(row, "messages", where)
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+    _check_prompt(prompt, field, where)
+    return prompt
+
+
+def validate(
+    rows: Iterable[LocatedRow],
+    parse: Callable[[Row, str], T],
+    *,
+    invalid: Literal["error", "drop"] = "error",
+) -> tuple[list[T], dict[str, int]]:
+    """Parses every row before anything else is done with one.
+
+    Args:
+        rows: (where, row), as `prefopt.data.sources.read_rows` yields them.
+        parse: `parse_pair`, `parse_demonstrations` or `parse_prompt`.
+        invalid: What a bad row does: stop ("error") or be left out and counted ("drop").
+
+    Returns:
+        The parsed rows, and the number of rows left out for each kind of problem.
+
+    Raises:
+        DataError: For the first bad row, with the number of bad rows by kind, if bad rows are
+            errors or none of the rows is good.
+
+    >>> rows = [("a:1", {"prompt": "1+1=", "chosen": "2", "rejected": "3"}), ("a:2", {})]
+    >>> pairs, dropped = validate(rows, parse_pair, invalid="drop")
+    >>> len(pairs), dropped
+    (1, {'missing column': 1})
+    """
+    if invalid not in ("error", "drop"):
+        raise PrefoptError(f"invalid rows: found {invalid!r}, expected 'error' or 'drop'")
+    good: list[T] = []
+    problems: Counter[str] = Counter()
+    first: DataError | None = None
+    for where, row in rows:
+        try:
+            good.append(parse(row, where))
+        except DataError as error:
+            first = first or error
+            problems[error.problem.split(":")[0]] += 1
+    if first and (invalid == "error" or not good):
+        raise _with_counts(first, problems, len(good) + problems.total()) from first
+    return good, dict(problems)
+
+
+def _with_counts(first: DataError, problems: Counter[str], rows: int) -> DataError:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in problems.most_common())
+    remedy = "nothing is left without them"
+    if problems.total() < rows:
+        remedy = "data.invalid_rows=drop leaves them out"
+    return DataError(
+        first.where,
+        first.field,
+        f"{first.problem} (bad rows: {problems.total():,} of {rows:,}: {kinds}; {remedy})",
+    )
+
+
+def _split(row: Row, field: str, where: str) -> tuple[Prompt, Completion]:
+    """The prompt and the answer that one column of a row, with its ``prompt``, stands for."""
+    if field not in row:
+        raise _missing(row, field, where)
+    value, prompt = row[field], row.get("prompt")
+    prompt_field = "prompt"
+    completion: Completion
+    if "prompt" not in row:
+        prompt_field = field
+        prompt, completion = _cut(_conversation(row, field, where), field, where)
+    elif isinstance(prompt, str) and isinstance(value, str):
+        completion = value
+    elif isinstance(prompt, str):
+        completion = turns = _messages(value, field, where)
+        if len(turns) == 1:
+            prompt = [{"role": "user", "content": prompt}]
+        else:
+            _check_contains(turns, prompt, field, where)
+            prompt_field = field
+            prompt, completion = _cut(turns, field, where)
+    else:
+        prompt = _messages(prompt, "prompt", where)
+        completion = [{"role": "assistant", "content": value}]
+        if not isinstance(value, str):
+            completion = _messages(value, field, where)
+    _check_prompt(prompt, prompt_field, where)
+    _check_completion(completion, field, where)
+    return prompt, completion
+
+
+def _conversation(row: Row, field: str, where: str) -> list[Message]:
+    """A column that holds a whole conversation, as messages or as a transcript."""
+    if field not in row:
+        raise _missing(row, field, where)
+    value = row[field]
+    turns = (
+        _transcript(value, field, where)
+        if isinstance(value, str)
+        else _messages(value, field, where)
+    )
+    _check_order(turns, field, where)
+    return turns
+
+
+def _transcript(text: str, field: str, where: str) -> list[Message]:
+    """Turns of a dialogue written as in HH-RLHF (Bai et al. 2022, arXiv:2204.05862)."""
+    before, *parts = _TRANSCRIPT.split(text)
+    if before or not parts:
+        raise _bad(
+            where,
+            field,
+            "no prompt",
+            "found a plain string and no 'prompt' column; expected that column, or a transcript "
+            "'\\n\\nHuman: ...\\n\\nAssistant: ...', or a list of messages",
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    speakers, contents = parts[::2], parts[1::2]
+    return [
+        {"role": roles[speaker], "content": content}
+        for speaker, content in zip(speakers, contents, strict=True)
+    ]
+
+
+def _messages(value: Any, field: str, where: str) -> list[Message]:
+    """Checks a list of messages, one by one, and keeps what a template renders."""
+    if not isinstance(value, list):
+        raise _bad(
+            where,
+            field,
+            "wrong type",
+            f"found {_name(value)}, expected a list of messages "
+            '[{"role": ..., "content": ...}] or a string',
+        )
+    if not value:
+        kind = "empty prompt" if field == "prompt" else "empty completion"
+        raise _bad(where, field, kind, "found a list without messages, expected at least one")
+    return [_message(item, i, field, where) for i, item in enumerate(value, start=1)]
+
+
+def _message(item: Any, number: int, field: str, where: str) -> Message:
+    if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+        found = f"the keys {', '.join(map(str, item))}" if isinstance(item, dict) else _name(item)
+        raise _bad(
+            where,
+            field,
+            "wrong type",
+            f"message {number}: found {found}, expected an object with role and content",
+        )
+    if item["role"] not in _FOLLOWERS:
+        raise _bad(
+            where,
+            field,
+            "unknown role",
+            f"message {number}: found {item['role']!r}, expected one of {', '.join(_FOLLOWERS)}",
+        )
+    if not isinstance(item["content"], str):
+        raise _bad(
+            where,
+            field,
+            "wrong type",
+            f"message {number}: content is {_name(item['content'])}, expected a string",
+        )
+    lost = [key for key in _UNSUPPORTED if item.get(key)]
+    if lost:
+        raise _bad(
+            where,
+            field,
+            "unsupported message",
+            f"message {number}: {lost[0]!r} would be lost; write it into 'content' as the model "
+            "is to produce it",
+        )
+    return {"role": item["role"], "content": item["content"]}
+
+
+def _check_order(turns: list[Message], field: str, where: str) -> None:
+    allowed: tuple[str, ...] = ("system", "user")
+    for number, message in enumerate(turns, start=1):
+        if message["role"] not in allowed:
+            before = f"after {turns[number - 2]['role']}" if number > 1 else "at the start"
+            raise _bad(
+                where,
+                field,
+                "roles do not alternate",
+                f"message {number} is {message['role']} {before}, expected {' or '.join(allowed)}",
+            )
+        allowed = _FOLLOWERS[message["role"]]
+
+
+def _require_assistant(turns: list[Message], field: str, where: str) -> None:
+    if all(message["role"] != "assistant" for message in turns):
+        raise _bad(
+            where, field, "no assistant turn", "the conversation holds no assistant message"
+        )
+
+
+def _cut(turns: list[Message], field: str, where: str) -> tuple[list[Message], list[Message]]:
+    _require_assistant(turns, field, where)
+    return turns[:-1], turns[-1:]
+
+
+def _check_contains(turns: list[Message], prompt: str, field: str, where: str) -> None:
+    questions = [m["content"].strip() for m in turns if m["role"] == "user"]
+    if prompt.strip() not in questions:
+        raise _bad(
+            where,
+            field,
+            "different prompts",
+            "no user message of this conversation is the text in 'prompt'; make them agree or "
+            "leave 'prompt' out",
+        )
+
+
+def _check_prompt(prompt: Prompt, field: str, where: str) -> None:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise _bad(where, field, "empty prompt", "found whitespace only, expected text")
+        return
+    for number, message in enumerate(prompt, start=1):
+        if not message["content"].strip():
+            raise _bad(
+                where,
+                field,
+                "empty prompt",
+                f"message {number} ({message['role']}) is whitespace only; write it or remove it",
+            )
+    _check_order(prompt, field, where)
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+        found = f"a {prompt[-1]['role']} message" if prompt else "no message before the answer"
+        raise _bad(
+            where,
+            field,
+            "no question",
+            f"found {found} at the end of the prompt, expected a user or tool message",
+        )
+
+
+def _check_completion(completion: Completion, field: str, where: str) -> None:
+    if isinstance(completion, str):
+        text = completion
+    elif len(completion) != 1 or completion[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in completion)
+        raise _bad(
+            where,
+            field,
+            "not an assistant message",
+            f"the answer is {roles}; expected one assistant message, with all before it in 'prompt'",
+        )
+    else:
+        text = completion[0]["content"]
+    if not text.strip():
+        raise _bad(where, field, "empty completion", "found whitespace only, expected an answer")
+
+
+def _number(row: Row, field: str, where: str, *, default: float) -> float:
+    value = row.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _bad(
+            where,
+            field,
+            "wrong type",
+            f"found {_name(value)}, expected a number; leave the column out to mean {default}",
+        )
+    if not math.isfinite(value):
+        raise _bad(where, field, "not finite", f"found {value}, expected a finite number")
+    return float(value)
+
+
+def _missing(row: Row, field: str, where: str) -> DataError:
+    layouts = {
+        "completion": "prompt and completion, or messages",
+        "messages": "messages, or prompt (and completion to imitate)",
+    }
+    expected = layouts.get(field, "prompt, chosen and rejected (prompt may be inside the others)")
+    columns = ", ".join(map(str, row)) or "none"
+    return _bad(where, field, "missing column", f"found the columns {columns}; expected {expected}")
+
+
+def _name(value: Any) -> str:
+    names = {str: "a string", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), f"{value!r}")
+
+
+def _bad(where: str, field: str, kind: str, detail: str) -> DataError:
+    return DataError(where, field, f"{kind}: {detail}")

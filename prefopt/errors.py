@@ -1,0 +1,21 @@
+"""Errors that a user can cause and mend; the command prints them as one line and exits with 2."""
+
+from __future__ import annotations
+
+
+class PrefoptError(Exception):
+    """Something the user can put right: the message says what, where and how, on one line."""
+
+
+class DataError(PrefoptError):
+    """A bad row, file or field.
+
+    Args:
+        where: The place, as ``file:row`` (rows count from 1).
+        field: The column that is wrong.
+        problem: What was found, what was expected and what to do.
+    """
+
+    def __init__(self, where: str, field: str, problem: str) -> None:
+        super().__init__(f"{where}: field {field!r}: {problem}")
+        self.where, self.field, self.problem = where, field, problem

@@ -1,0 +1,225 @@
+"""Attention over prompt trees, registered with transformers as ``prefopt_tree``.
+
+Every segment of a tree (a prompt, or a completion with its prompt as prefix) is an ordinary causal
+attention of its own, aligned at the bottom right. On the CPU each segment is one SDPA call; on CUDA
+in half precision one variable-length flash attention call serves all segments, with the prefix keys
+gathered in front of each completion's own. Calls without a tree (generation, plain forwards) behave
+exactly as ``sdpa``.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from prefopt.data.tree import Segment, TreeBatch
+
+TREE_ATTENTION = "prefopt_tree"
+
+
+class TreeMap:
+    """What attends to what in one batch, with the masks and indices made once for all layers."""
+
+    def __init__(self, batch: TreeBatch) -> None:
+        self.segments = batch.segments
+        self.num_positions = batch.input_ids.numel()
+        self.device = batch.input_ids.device
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def mask(self, segment: Segment, window: int | None) -> Tensor:
+        """Which key a query may see, [queries, keys]: bottom-right causal, within the window."""
+        queries, keys = segment.length, segment.prefix_length + segment.length
+        if (queries, keys, window) not in self._masks:
+            columns = torch.arange(keys, device=self.device)
+            rows = columns[-queries:, None]
+            allowed = columns <= rows
+            if window is not None:
+                allowed &= columns > rows - window
+            self._masks[queries, keys, window] = allowed
+        return self._masks[queries, keys, window]
+
+    @cached_property
+    def query_index(self) -> Tensor:
+        """Flat positions of all real tokens in segment order, [tokens]."""
+        return self._ranges([(s.start, s.length) for s in self.segments])
+
+    @cached_property
+    def key_index(self) -> Tensor:
+        """Flat positions of the keys: prefix, then own tokens, segment by segment, [keys]."""
+        return self._ranges(
+            [
+                part
+                for s in self.segments
+                for part in ((s.prefix_start, s.prefix_length), (s.start, s.length))
+            ]
+        )
+
+    @cached_property
+    def query_bounds(self) -> Tensor:
+        """Cumulative query lengths, int32, [segments + 1]."""
+        return self._bounds([s.length for s in self.segments])
+
+    @cached_property
+    def key_bounds(self) -> Tensor:
+        """Cumulative key lengths, int32, [segments + 1]."""
+        return self._bounds([s.prefix_length + s.length for s in self.segments])
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Longest query run and longest key run."""
+        return (
+            max(s.length for s in self.segments),
+            max(s.prefix_length + s.length for s in self.segments),
+        )
+
+    def _ranges(self, parts: list[tuple[int, int]]) -> Tensor:
+        ranges = [torch.arange(start, start + length) for start, length in parts]
+        return torch.cat(ranges).to(self.device)
+
+    def _bounds(self, lengths: list[int]) -> Tensor:
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        return bounds.to(self.device, torch.int32)
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    tree_map: TreeMap | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function transformers calls in every layer.
+
+    Args:
+        module: The attention module.
+        query: Queries, [rows, heads, width, head_dim].
+        key: Keys, [rows, key_value_heads, width, head_dim].
+        value: Values, [rows, key_value_heads, width, head_dim].
+        attention_mask: Used only without a tree.
+        dropout: Dropout probability on the attention weights.
+        scaling: Factor on the scores; 1/sqrt(head_dim) when None.
+        sliding_window: How many positions back a token sees, itself included.
+        softcap: Gemma 2's bound on the scores.
+        tree_map: The tree's geometry; None means plain attention.
+        **kwargs: What else the model passes on.
+
+    Returns:
+        The output, [rows, width, heads, head_dim], and None for the weights.
+    """
+    rows, heads, width, _ = query.shape
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if tree_map is None and softcap is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if tree_map is None:
+        key, value = (repeat_kv(t, heads // t.shape[1]) for t in (key, value))
+        if attention_mask is None:  # sdpa_mask leaves out a mask that is causal and nothing more
+            keys = torch.arange(key.shape[2], device=key.device)
+            attention_mask = keys <= keys[-width:, None]
+        return _softcapped(query, key, value, attention_mask, scale, softcap, dropout), None
+    flat_q, flat_k, flat_v = (t.transpose(0, 1).flatten(1, 2) for t in (query, key, value))
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and softcap is None and dropout == 0.0:
+        out = _varlen(flat_q, flat_k, flat_v, tree_map, scale, sliding_window)
+    else:
+        groups = heads // key.shape[1]
+        flat_k, flat_v = (repeat_kv(t[None], groups)[0] for t in (flat_k, flat_v))
+        out = _segments(flat_q, flat_k, flat_v, tree_map, scale, sliding_window, softcap, dropout)
+    return out.unflatten(0, (rows, width)), None
+
+
+def _segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_map: TreeMap,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """One attention call per segment; [heads, positions, head_dim] to [positions, heads, dim]."""
+    pieces, cursor = [], 0
+    for s in tree_map.segments:
+        if s.start > cursor:  # padding, whose output nobody reads
+            pieces.append(query.new_zeros(query.shape[0], s.start - cursor, value.shape[-1]))
+        own = slice(s.start, s.start + s.length)
+        q, k, v = query[:, own], key[:, own], value[:, own]
+        if s.prefix_length:
+            prefix = slice(s.prefix_start, s.prefix_start + s.prefix_length)
+            k, v = torch.cat([key[:, prefix], k], 1), torch.cat([value[:, prefix], v], 1)
+        if softcap is not None:
+            mask = tree_map.mask(s, window)
+            pieces.append(_softcapped(q, k, v, mask, scale, softcap, dropout).transpose(0, 1))
+        else:
+            plain = not s.prefix_length and (window is None or s.length <= window)
+            mask = None if plain else tree_map.mask(s, window)
+            out = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], mask, dropout, is_causal=plain, scale=scale
+            )
+            pieces.append(out[0])
+        cursor = s.start + s.length
+    if cursor < tree_map.num_positions:
+        pieces.append(
+            query.new_zeros(query.shape[0], tree_map.num_positions - cursor, value.shape[-1])
+        )
+    return torch.cat(pieces, 1).transpose(0, 1)
+
+
+def _softcapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    """Attention with bounded scores (Gemma 2), [..., heads, q, dim] to [..., q, heads, dim]."""
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, torch.float32)
+    # a row of padding sees nothing: its softmax is NaN and its output is never read
+    weights = F.dropout(weights.nan_to_num(0.0).to(query.dtype), dropout)
+    return (weights @ value).transpose(-2, -3)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, tree_map: TreeMap, scale: float, window: int | None
+) -> Tensor:
+    """All segments in one flash attention call with gathered keys; shapes as ``_segments``."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest_query, longest_key = tree_map.longest
+    out = varlen_attn(
+        query[:, tree_map.query_index].transpose(0, 1),
+        key[:, tree_map.key_index].transpose(0, 1),
+        value[:, tree_map.key_index].transpose(0, 1),
+        tree_map.query_bounds,
+        tree_map.key_bounds,
+        longest_query,
+        longest_key,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    positions = query.new_zeros(tree_map.num_positions, query.shape[0], value.shape[-1])
+    return positions.index_copy(0, tree_map.query_index, out)
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

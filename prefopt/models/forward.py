@@ -1,0 +1,117 @@
+"""Teaches a transformers model to run on prompt trees through its ordinary ``forward``.
+
+The new argument ``trees`` travels through DDP, FSDP and PEFT wrappers as any keyword does, so hooks
+and gathers run as always. Without it the model behaves exactly as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefopt.data.tree import TreeBatch
+from prefopt.errors import PrefoptError
+from prefopt.models.attention import TREE_ATTENTION, TreeMap
+from prefopt.models.logprobs import LogitTransform, token_log_probs
+
+
+def unwrap_peft(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def enable_trees(model: nn.Module) -> None:
+    """Adds the ``trees`` argument to the model's forward, in place; doing it twice is harmless.
+
+    A causal LM answers ``model(trees=batch)`` with ``{"log_probs": [tokens]}``, float32; a sequence
+    classifier with one label with ``{"scores": [completions]}``, float32, read at each
+    completion's last token.
+
+    Args:
+        model: A transformers model, PEFT-wrapped or not, before DDP or FSDP wrap it.
+
+    Raises:
+        PrefoptError: The model is neither a causal LM nor a one-label sequence classifier.
+    """
+    base = unwrap_peft(model)
+    if getattr(base, "_prefopt_trees", False):
+        return
+    head = _head(base)
+    if head is None:
+        raise PrefoptError(
+            f"{type(base).__name__} has neither a language-model head nor a one-label 'score' "
+            "head; expected a causal LM or a sequence classifier with num_labels=1"
+        )
+    if supports_tree_attention(base):
+        base.set_attn_implementation(TREE_ATTENTION)
+    original = base.forward
+    is_causal_lm = base.get_output_embeddings() is not None
+
+    # the wrapped signature stays visible: generate() checks its arguments against it
+    @functools.wraps(type(base).forward)
+    def forward(
+        self: PreTrainedModel, *args: Any, trees: TreeBatch | None = None, **kwargs: Any
+    ) -> Any:
+        if trees is None:
+            return original(*args, **kwargs)
+        hidden = _hidden_states(self, trees)
+        # the head is looked up on every call because FSDP and PEFT may replace it
+        if is_causal_lm:
+            log_probs = token_log_probs(
+                hidden.index_select(0, trees.predict_from),
+                trees.targets,
+                self.get_output_embeddings(),
+                logit_transform(self),
+            )
+            return {"log_probs": log_probs}
+        scores = self.score(hidden.index_select(0, trees.last).to(self.score.weight.dtype))
+        return {"scores": scores[:, 0].float()}
+
+    base.forward = types.MethodType(forward, base)
+    base._prefopt_trees = True
+
+
+def supports_tree_attention(model: nn.Module) -> bool:
+    """Whether the model takes its attention function from transformers' AttentionInterface."""
+    return unwrap_peft(model)._can_set_attn_implementation()
+
+
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """Reads from the config what the model does to its logits after the head.
+
+    Gemma 2 and 3 bound them, Cohere multiplies them (``logit_scale``), Granite divides them
+    (``logits_scaling``). The layout check on a run's first batch catches models that do
+    something else.
+    """
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    embeddings = model.get_output_embeddings()
+    if embeddings is not None:
+        return embeddings
+    return getattr(model, "score", None) if model.config.num_labels == 1 else None
+
+
+def _hidden_states(model: PreTrainedModel, trees: TreeBatch) -> Tensor:
+    """Final hidden states of all positions, [rows * width, hidden]."""
+    if trees.segments:
+        arguments: dict[str, Any] = {
+            "position_ids": trees.position_ids,
+            # a 4D mask is handed on as it is, so that no [width x width] mask is ever built
+            "attention_mask": torch.ones(1, 1, 1, 1, device=trees.input_ids.device),
+            "tree_map": TreeMap(trees),
+        }
+    else:
+        arguments = {"attention_mask": trees.attention_mask}
+    output = model.base_model(input_ids=trees.input_ids, use_cache=False, **arguments)
+    return output.last_hidden_state.flatten(0, 1)

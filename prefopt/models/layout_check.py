@@ -1,0 +1,75 @@
+"""Checks on real rows that a model's tree log-probs are those of its ordinary forward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.data.tree import Layout, PromptTree, collate_trees
+from prefopt.errors import PrefoptError
+
+logger = logging.getLogger(__name__)
+
+# Largest mean difference in nats a token that rounding explains, by the type of the weights.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+
+
+def layout_for(model: nn.Module, trees: Sequence[PromptTree], dtype: torch.dtype) -> Layout:
+    """The fastest layout whose numbers agree with the model's own forward pass.
+
+    Args:
+        model: A model after ``enable_trees``, wrapped or not, in eval mode. All ranks must call
+            this with the same trees where the model is sharded.
+        trees: Some real trees; the smallest is used.
+        dtype: The precision the model computes in, which sets the tolerance.
+
+    Returns:
+        ``tree``, or ``separate`` (with a warning) where trees give other numbers.
+
+    Raises:
+        PrefoptError: Not even separate rows agree, so no log-prob could be trusted.
+    """
+    tree = min(trees, key=lambda t: t.num_tokens)
+    device = next(model.parameters()).device
+    gaps: dict[Layout, float] = {}
+    layouts: tuple[Layout, ...] = ("tree", "separate")
+    for layout in layouts:
+        batch = collate_trees([tree], layout=layout).to(device)
+        with torch.no_grad():
+            found = next(iter(model(trees=batch).values()))
+            expected = _plain(model, tree, device, per_token=len(found) == len(batch.targets))
+        gaps[layout] = (found.float() - expected).abs().mean().item()
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    if gaps["separate"] > tolerance:
+        raise PrefoptError(
+            f"{type(model).__name__}: log-probs read from hidden states differ from the model's "
+            f"own logits by {gaps['separate']:.3g} nats a token (at most {tolerance:g} expected): "
+            "this model does something to its logits that prefopt does not know"
+        )
+    if gaps["tree"] > tolerance:
+        logger.warning(
+            "log-probs on prompt trees differ from separate rows by %.3g nats a token (at most %g "
+            "expected): falling back to one completion a row (layout=separate)",
+            gaps["tree"],
+            tolerance,
+        )
+        return "separate"
+    return "tree"
+
+
+def _plain(model: nn.Module, tree: PromptTree, device: torch.device, per_token: bool) -> Tensor:
+    """Token log-probs (or scores) of a tree by plain forwards, one completion at a time."""
+    values = []
+    for completion in tree.completions:
+        ids = torch.tensor([[*tree.prompt, *completion]], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        if per_token:
+            targets = ids[0, len(tree.prompt) :, None]
+            log_probs = logits[0, len(tree.prompt) - 1 : -1].log_softmax(-1)
+            values.append(log_probs.gather(-1, targets)[:, 0])
+        else:
+            values.append(logits[0])
+    return torch.cat(values)

@@ -1,0 +1,164 @@
+"""Log-probs of completions: the head on completion tokens only, in chunks, in float32.
+
+At no time is there a [tokens x vocabulary] tensor for a whole batch: a chunk of logits is made,
+reduced to one number a token, and made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prefopt.data.tree import TreeBatch
+
+# Elements of one chunk of logits. On the CPU a chunk should stay in the cache; on a GPU it should
+# be large enough to fill the device (2**26 float32 logits take 256 MiB).
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: ``softcap * tanh(scale * logits / softcap)``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Applies the transform to raw logits of any shape."""
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def derivative(self, transformed: Tensor) -> Tensor | float:
+        """d transformed / d raw logits, from the transformed logits."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (transformed / self.softcap) ** 2)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(transform(hidden @ weight.T + bias))[target], a chunk of tokens at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+    ) -> Tensor:
+        log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        normalisers = torch.empty_like(log_probs)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logits = transform(nn.functional.linear(hidden[part], weight, bias).float())
+            normalisers[part] = logits.logsumexp(-1)
+            log_probs[part] = logits.gather(-1, targets[part, None])[:, 0] - normalisers[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.transform, ctx.chunk = transform, chunk
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        # the sum over chunks is taken in float32 also for bfloat16 weights
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = ctx.transform(nn.functional.linear(hidden[part], weight, bias).float())
+            slope = ctx.transform.derivative(logits)
+            logits.sub_(normalisers[part, None]).exp_().mul_(-grad[part, None])
+            logits.scatter_add_(-1, targets[part, None], grad[part, None].float())
+            if not isinstance(slope, float) or slope != 1.0:
+                logits.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += logits.sum(0)
+            logits = logits.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = logits @ weight
+            if grad_weight is not None:
+                if weight.dtype == torch.float32:
+                    grad_weight.addmm_(logits.T, hidden[part])
+                else:
+                    grad_weight += logits.T @ hidden[part]
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+            None,
+            None,
+            None,
+        )
+
+
+def token_log_probs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    transform: LogitTransform,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """Log-prob of each target token under the head, in float32.
+
+    Args:
+        hidden: Hidden states that predict the targets, [tokens, hidden].
+        targets: Token ids, [tokens].
+        head: The language-model head. A plain ``nn.Linear`` takes the fused path; any other module
+            (LoRA on the head, a quantised head) is called chunk by chunk under checkpointing.
+        transform: What the model does to its logits.
+        chunk: Tokens a chunk; chosen from the vocabulary and the device when None.
+
+    Returns:
+        Log-probs, [tokens].
+    """
+    if type(head) is nn.Linear:
+        chunk = chunk or _chunk_size(head.out_features, hidden.device)
+        weight, bias = head.weight, head.bias
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)
+        return _ChunkedLogProbs.apply(
+            hidden.to(weight.dtype), weight, bias, targets, transform, chunk
+        )
+
+    def score(part: Tensor, part_targets: Tensor) -> Tensor:
+        logits = transform(head(part).float())
+        return logits.log_softmax(-1).gather(-1, part_targets[:, None])[:, 0]
+
+    chunk = chunk or _chunk_size(getattr(head, "out_features", 2**17), hidden.device)
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([_checkpointed(score, h, t) for h, t in parts])
+
+
+def _checkpointed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def _chunk_size(vocabulary: int, device: torch.device) -> int:
+    return max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary)
+
+
+def sequence_log_probs(model: nn.Module, batch: TreeBatch) -> Tensor:
+    """Sums of token log-probs per completion, the produced EOS included.
+
+    Args:
+        model: A causal LM after :func:`prefopt.models.forward.enable_trees`, wrapped or not.
+        batch: The trees.
+
+    Returns:
+        float32 sums in nats, [completions].
+    """
+    return batch.sum_per_completion(model(trees=batch)["log_probs"])

@@ -1,0 +1,8 @@
+"""Preference losses as pure functions of tensors: no model, no I/O, no state."""
+
+from __future__ import annotations
+
+from prefopt.objectives.pair import PAIR_LOSSES, Pairs, needs_reference, pair_loss
+from prefopt.objectives.reward import bradley_terry_loss
+
+__all__ = ["PAIR_LOSSES", "Pairs", "bradley_terry_loss", "needs_reference", "pair_loss"]

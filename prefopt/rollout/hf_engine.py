@@ -1,0 +1,212 @@
+"""Generation with transformers, with noise that belongs to the sample instead of the batch.
+
+Every position of every sample has one uniform number, from a counter-based generator (Philox;
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) keyed by the seed, the prompt
+and the sample index, and the token is the inverse of the cumulative distribution at that number.
+So batch size, order, padding and the number of processes change a sample by float rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from prefopt.errors import PrefoptError
+from prefopt.rollout.engine import (
+    Completion,
+    SamplingSettings,
+    check_prompts,
+    default_stop_token_ids,
+    make_completion,
+    sample_key,
+    uniforms,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TransformersEngine:
+    """Draws completions with ``model.generate``, from the weights the model has at that moment.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not. Only during a call is it in evaluation
+            mode (so that gradient checkpointing does not switch its cache off) and without its own
+            ``generation_config`` (so that no sampling default of the checkpoint takes part).
+        tokenizer: Decodes completions.
+        stop_token_ids: Tokens that end a completion; by default the tokenizer's EOS and those of
+            the model's ``generation_config``. An empty sequence means never to stop early.
+        batch_size: Completions drawn at once.
+
+    Raises:
+        PrefoptError: If ``batch_size`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_token_ids: Sequence[int] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        if batch_size < 1:
+            raise PrefoptError(f"generation: batch_size is {batch_size}, expected at least 1")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        if stop_token_ids is None:
+            stop_token_ids = default_stop_token_ids(tokenizer, model.generation_config.eos_token_id)
+        self.stop_token_ids = list(stop_token_ids)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Draws completions; see ``Engine.generate``.
+
+        Raises:
+            PrefoptError: If a prompt is empty or too long for the model's context, or if the
+                model's logits are not finite.
+        """
+        context_length = getattr(
+            self.model.config.get_text_config(), "max_position_embeddings", None
+        )
+        check_prompts(prompts, settings.max_new_tokens, context_length)
+        # Longest first: little padding, and what does not fit in memory fails at once.
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        samples = range(settings.first_sample, settings.first_sample + settings.samples_per_prompt)
+        rows = [(index, sample) for index in order for sample in samples]
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        with _ready_to_generate(self.model):
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                keys = [sample_key(settings.seed, prompts[i], sample) for i, sample in batch]
+                generated = self._continue([prompts[i] for i, _ in batch], keys, settings)
+                for (index, _), token_ids in zip(batch, generated, strict=True):
+                    completions[index].append(
+                        make_completion(token_ids, self.stop_token_ids, self.tokenizer)
+                    )
+                if progress is not None:
+                    progress(len(batch))
+        return completions
+
+    def _continue(
+        self, prompts: list[Sequence[int]], keys: list[int], settings: SamplingSettings
+    ) -> list[list[int]]:
+        """The tokens after each prompt; behind a stop token anything may follow."""
+        width = max(len(prompt) for prompt in prompts)
+        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+            attention_mask[row, width - len(prompt) :] = 1
+        device = self.model.device
+        output = self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=GenerationConfig(
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=self.stop_token_ids or None,
+                pad_token_id=0,  # any id: the mask and the first stop token say what is real
+            ),
+            logits_processor=LogitsProcessorList([_Draw(settings, keys, width, device)]),
+        )
+        generated: list[list[int]] = output[:, width:].tolist()
+        return generated
+
+
+class _Draw(LogitsProcessor):
+    """Draws each row's next token and leaves it the only finite score, for ``generate`` to take."""
+
+    def __init__(
+        self, settings: SamplingSettings, keys: list[int], width: int, device: torch.device
+    ) -> None:
+        self.width = width
+        self.greedy = settings.temperature == 0
+        if self.greedy:
+            return
+        noise = np.stack([uniforms(key, settings.max_new_tokens) for key in keys])
+        self.noise = torch.from_numpy(noise).to(device)
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+        if settings.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.width
+        peak = scores.amax(-1, keepdim=True)
+        if not peak.isfinite().all():
+            raise PrefoptError(
+                f"generation: the model's logits are not finite at generated token {step + 1}: "
+                "its weights are damaged or overflow in half precision; load another checkpoint, "
+                "or this one in float32"
+            )
+        if self.greedy:
+            return scores
+        # With the largest score at 0, dividing by a tiny temperature cannot overflow.
+        probs = self.warpers(input_ids, scores - peak).softmax(-1)
+        tokens = draw_tokens(probs, self.noise[:, step])
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+def draw_tokens(probs: Tensor, noise: Tensor) -> Tensor:
+    """The inverse of each row's cumulative distribution.
+
+    Args:
+        probs: Probabilities, float32 [rows, vocabulary]; a row's sum may be off 1 by rounding.
+        noise: Uniform numbers in (0, 1), float32 [rows].
+
+    Returns:
+        Token ids, int64 [rows]; never one of probability 0.
+    """
+    # A parallel sum may still rise or fall by an ulp where a probability is 0, so those entries
+    # leave the comparison. The threshold is below the largest entry, hence some token is above it.
+    cumulative = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
+    threshold = noise[:, None] * cumulative.amax(-1, keepdim=True)
+    return (cumulative > threshold).int().argmax(-1)
+
+
+@contextmanager
+def _ready_to_generate(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Evaluation mode and blank generation defaults, both put back as they were, module by module.
+
+    ``generate`` fills every field left open in the configuration it is given from the model's own,
+    so the model's own has to be blank as well.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    defaults = [
+        (module, module.generation_config)
+        for module in model.modules()
+        if "generation_config" in vars(module)
+    ]
+    try:
+        model.eval()
+        for module, _ in defaults:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, config in defaults:
+            module.generation_config = config

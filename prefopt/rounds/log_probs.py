@@ -1,0 +1,155 @@
+"""Log-probs of frozen models over a data set, computed once and kept in shards on disk.
+
+The folder's name is a key over all the numbers depend on, so stored values are never reused for
+other weights, other rows or another precision. A pass that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from prefopt.data.tree import Layout, PromptTree, collate_trees
+from prefopt.errors import PrefoptError
+from prefopt.models.logprobs import sequence_log_probs
+from prefopt.rounds.storage import atomic_write
+
+
+@dataclass(frozen=True)
+class LogProbShards:
+    """The stored log-probs of a list of trees, ``trees_per_shard`` trees a file.
+
+    Attributes:
+        folder: Where the shards lie.
+        completions: How many completions each tree has.
+        trees_per_shard: Trees in each shard but the last.
+    """
+
+    folder: Path
+    completions: Sequence[int]
+    trees_per_shard: int = 256
+
+    def missing(self) -> list[int]:
+        """The shards that are not on disk yet."""
+        count = -(-len(self.completions) // self.trees_per_shard)
+        return [shard for shard in range(count) if not self._path(shard).exists()]
+
+    def trees_in(self, shard: int) -> range:
+        """The indices of a shard's trees."""
+        start = shard * self.trees_per_shard
+        return range(start, min(start + self.trees_per_shard, len(self.completions)))
+
+    def write(self, shard: int, values: Tensor) -> None:
+        """Stores a shard's log-probs, float32 [completions of its trees], all at once or not."""
+        atomic_write(self._path(shard), save({"log_probs": values.float().cpu().contiguous()}))
+
+    def load(self) -> list[Tensor]:
+        """All log-probs, one float32 tensor [completions] a tree.
+
+        Raises:
+            PrefoptError: A shard is missing, cannot be read or has the wrong size.
+        """
+        trees: list[Tensor] = []
+        for shard in range(-(-len(self.completions) // self.trees_per_shard)):
+            path, sizes = self._path(shard), [self.completions[i] for i in self.trees_in(shard)]
+            try:
+                values = load_file(path)["log_probs"]
+            except (FileNotFoundError, SafetensorError, KeyError) as error:
+                raise PrefoptError(
+                    f"{path}: stored log-probs cannot be read ({error}); delete this file and run "
+                    "the same command again to compute them anew"
+                ) from error
+            if len(values) != sum(sizes):
+                raise PrefoptError(
+                    f"{path}: found {len(values)} log-probs, expected {sum(sizes)}; delete this "
+                    "file and run the same command again"
+                )
+            trees.extend(values.split(sizes))
+        return trees
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+
+def fill_shards(
+    shards: LogProbShards,
+    trees: Sequence[PromptTree],
+    model: nn.Module,
+    *,
+    layout: Layout,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Computes the shards that are missing; each rank takes every ``world_size``-th of them.
+
+    All ranks run the same number of forward passes, as sharded models (FSDP, ZeRO-3) demand.
+
+    Args:
+        shards: The store.
+        trees: The trees, as many as the store has.
+        model: The frozen model, wrapped or not, after ``enable_trees``; in eval mode.
+        layout: How to lay out the batches.
+        batch_size: Trees a forward pass.
+        rank: This process.
+        world_size: How many processes there are.
+        progress: Called with the number of trees just done by this rank.
+    """
+    missing = shards.missing()
+    device = next(model.parameters()).device
+    for wave in range(0, len(missing), world_size):
+        sizes = [len(shards.trees_in(s)) for s in missing[wave : wave + world_size]]
+        steps = max(-(-size // batch_size) for size in sizes)
+        # a rank without a shard of its own keeps the others company with the wave's first one
+        own = wave + rank if rank < len(sizes) else wave
+        indices = sorted(shards.trees_in(missing[own]), key=lambda i: -trees[i].num_tokens)
+        values: dict[int, Tensor] = {}
+        for step in range(steps):
+            chosen = indices[step * batch_size : (step + 1) * batch_size] or indices[-1:]
+            batch = collate_trees([trees[i] for i in chosen], layout=layout).to(device)
+            with torch.no_grad():
+                sums = sequence_log_probs(model, batch).cpu()
+            values.update(
+                zip(chosen, sums.split([len(trees[i].completions) for i in chosen]), strict=True)
+            )
+            if progress is not None and rank < len(sizes):
+                progress(len(chosen))
+        if rank < len(sizes):
+            ordered = [values[i] for i in shards.trees_in(missing[own])]
+            shards.write(missing[own], torch.cat(ordered))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A 128-bit hash over the names, types, shapes and bytes of all weights."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def trees_fingerprint(trees: Iterable[PromptTree]) -> str:
+    """A 128-bit hash over the token ids of trees, in order."""
+    digest = xxhash.xxh3_128()
+    for tree in trees:
+        for part in (tree.prompt, *tree.completions):
+            ids = np.asarray(part, dtype=np.int64)
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def store_key(*parts: object) -> str:
+    """A folder name, 16 hex digits, from all that stored log-probs depend on."""
+    return xxhash.xxh3_64("|".join(map(str, parts)).encode()).hexdigest()

@@ -1,0 +1,54 @@
+"""Files and folders that are either complete or not there: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields a folder beside ``path`` that takes its place when the block ends without an error.
+
+    Args:
+        path: The folder to make; an existing one is replaced.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_tree(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flushes a folder and all in it to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,305 @@
+"""The trainer all algorithms share: transformers' Trainer on batches of prompt trees.
+
+An algorithm implements ``tree_losses`` and, where it needs frozen log-probs, calls
+``store_log_probs`` before training begins. Everything else (optimiser, schedule, sharding,
+checkpoints, trackers) is transformers' and accelerate's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
+from prefopt.errors import PrefoptError
+from prefopt.models.forward import enable_trees, supports_tree_attention
+from prefopt.models.layout_check import layout_for
+from prefopt.rounds.storage import atomic_write, sync_tree
+
+logger = logging.getLogger(__name__)
+
+COMPLETE_MARKER = "complete.json"
+
+
+@dataclass
+class TreeTrainerConfig(TrainingArguments):
+    """transformers' TrainingArguments with the defaults and the few keys that trees need."""
+
+    max_prompt_length: int | None = field(
+        default=1024, metadata={"help": "Longer prompts are dropped and counted; null: no limit."}
+    )
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Limit for prompt + completion, in tokens, likewise."}
+    )
+    layout: str = field(
+        default="auto",
+        metadata={"help": "tree | separate | auto (trees where a check on real rows passes)."},
+    )
+    log_probs_dir: str | None = field(
+        default=None, metadata={"help": "Where frozen log-probs are kept; OUTPUT_DIR/log_probs."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout to 0."})
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Never hide a loss that is not finite."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("auto", "tree", "separate"):
+            raise PrefoptError(f"layout: found {self.layout!r}, expected auto, tree or separate")
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__post_init__()
+
+
+class TreeDataset(Dataset):
+    """Trees and, row by row, whatever else a loss needs.
+
+    Attributes:
+        trees: The trees.
+        columns: Further values, each as long as ``trees``: numbers, or tensors of which a batch
+            concatenates those of its rows.
+    """
+
+    def __init__(
+        self, trees: Sequence[PromptTree], columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
+        self.trees = trees
+        self.columns: dict[str, Sequence[Any]] = dict(columns or {})
+
+    def __len__(self) -> int:
+        return len(self.trees)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = {name: values[index] for name, values in self.columns.items()}
+        return {"index": index, "tree": self.trees[index], **row}
+
+
+class TreeTrainer(Trainer):
+    """Base of all trainers; see the module's docstring.
+
+    Args:
+        model: A loaded model; ``peft_config`` wraps it in an adapter.
+        args: The algorithm's configuration.
+        train_dataset: Trees to train on.
+        eval_dataset: Held-out trees.
+        processing_class: The policy's tokenizer, saved beside the weights.
+        peft_config: A PEFT configuration such as ``LoraConfig``.
+        **kwargs: What else ``transformers.Trainer`` takes (callbacks, optimizers).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TreeTrainerConfig,
+        train_dataset: TreeDataset | None,
+        eval_dataset: TreeDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        enable_trees(model)
+        self.layout: Layout = "tree"
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # tells Trainer that compute_loss divides by the whole global batch itself
+        self.model_accepts_loss_kwargs = True
+        self._metrics: dict[str, _Averages] = {"train": _Averages(), "eval": _Averages()}
+        self._tokens, self._clock = 0, time.perf_counter()
+        self.add_callback(_BeforeTraining(self))
+
+    def tree_losses(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One loss a tree and the metrics to average, each [trees]; the algorithm's part.
+
+        Args:
+            model: The policy, wrapped as it trains.
+            inputs: ``trees`` (a TreeBatch), ``index`` [trees], and the data set's columns.
+        """
+        raise NotImplementedError
+
+    def before_training(self, resumed: bool) -> None:
+        """Runs once the model is wrapped, before the first step; decides on the layout."""
+        if self.args.layout == "auto":
+            if not supports_tree_attention(self.model):
+                logger.warning("this model's attention cannot run on trees: layout 'separate'")
+                self.layout = "separate"
+            else:
+                self.model_wrapped.eval()
+                first = self.train_dataset.trees[: 4 * self.args.train_batch_size]
+                half = torch.bfloat16 if self.args.bf16 else torch.float16
+                mixed = self.args.bf16 or self.args.fp16
+                dtype = half if mixed else next(self.model.parameters()).dtype
+                self.layout = layout_for(self.model_wrapped, first, dtype)
+        else:
+            self.layout = self.args.layout
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A list of data-set rows as one batch."""
+        batch: dict[str, Any] = {"index": torch.tensor([row["index"] for row in rows])}
+        batch["trees"] = collate_trees([row["tree"] for row in rows], layout=self.layout)
+        for name in rows[0].keys() - {"index", "tree"}:
+            values = [row[name] for row in rows]
+            joined = isinstance(values[0], Tensor)
+            batch[name] = torch.cat(values) if joined else torch.tensor(values)
+        return batch
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The sum of losses over the number of trees in the global batch, times the ranks."""
+        trees: TreeBatch = inputs["trees"]
+        losses, metrics = self.tree_losses(model, inputs)
+        mode = "train" if model.training else "eval"
+        self._metrics[mode].add(metrics | _length_metrics(trees))
+        if mode == "train":
+            self._tokens += trees.input_ids.numel()
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # DDP and FSDP average over ranks, hence the factor
+            loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {"losses": losses}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        count = torch.tensor(sum(b["trees"].num_trees for b in batch_samples), device=device)
+        return self.accelerator.gather(count).sum()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 FLOPs per parameter and token, embeddings left out."""
+        parameters = self.accelerator.unwrap_model(self.model).num_parameters(
+            exclude_embeddings=True
+        )
+        return 6 * inputs["trees"].input_ids.numel() * parameters
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss and metrics without gradients."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the averaged metrics and the speed since the last line."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        averages = self._metrics[mode].drain(self.accelerator)
+        logs = logs | {prefix + name: value for name, value in averages.items()}
+        if mode == "train" and "loss" in logs:
+            now = time.perf_counter()
+            tokens = self.accelerator.gather(torch.tensor(self._tokens, device=self.args.device))
+            logs["tokens_per_second"] = tokens.sum().item() / (now - self._clock)
+            self._tokens, self._clock = 0, now
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            sync_tree(folder)
+            atomic_write(folder / COMPLETE_MARKER, json.dumps({"step": step}))
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones are passed over."""
+    found = [p.parent for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability of a model to 0, in modules and in attention layers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _length_metrics(trees: TreeBatch) -> dict[str, Tensor]:
+    lengths = trees.lengths.float()
+    if trees.num_completions != 2 * trees.num_trees:
+        return {"length/mean": lengths}
+    return {
+        "length/mean": lengths,
+        "length/chosen": lengths[0::2],
+        "length/rejected": lengths[1::2],
+    }
+
+
+class _Averages:
+    """Means of named values over rows, kept on the device until they are logged."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float().sum()
+            self.counts[name] = self.counts.get(name, 0) + value.numel()
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes, in one collective; begins anew."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        table = torch.stack(
+            [torch.stack([self.sums[n].cpu(), torch.tensor(float(self.counts[n]))]) for n in names]
+        )
+        total = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+        self.__init__()
+        return {name: (row[0] / row[1]).item() for name, row in zip(names, total, strict=True)}
+
+
+class _BeforeTraining(TrainerCallback):
+    def __init__(self, trainer: TreeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.before_training(resumed=state.global_step > 0)
+        self.trainer._clock = time.perf_counter()

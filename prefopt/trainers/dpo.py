@@ -1,0 +1,104 @@
+"""Offline preference optimisation on pairs: DPO and the losses of its family.
+
+DPO: Rafailov et al., arXiv 2305.18290; the other losses are listed in ``docs/objectives.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.models.logprobs import sequence_log_probs
+from prefopt.objectives import needs_reference, pair_loss
+from prefopt.trainers.base import TreeDataset, TreeTrainer, TreeTrainerConfig
+from prefopt.trainers.reference import (
+    reference_log_probs,
+    report_initial_margins,
+    shared_fingerprint,
+)
+
+
+@dataclass
+class DPOConfig(TreeTrainerConfig):
+    """Keys of the DPO family; beta 0.1 is the value of the RLHF Workflow recipe."""
+
+    beta: float = field(default=0.1, metadata={"help": "Strength of the tie to the reference."})
+    loss_type: str = field(default="sigmoid", metadata={"help": "A name of docs/objectives.md."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of flipped labels (cdpo, robust, exo_pair, aot)."}
+    )
+    gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin."})
+    tau: float = field(default=0.05, metadata={"help": "DiscoPOP's temperature."})
+
+
+class DPOTrainer(TreeTrainer):
+    """Trains on stored pairs against reference log-probs that are computed once and kept on disk.
+
+    The reference is the policy as it is handed in; with ``peft_config``, the model under the new
+    adapter.
+
+    Args:
+        model: The policy.
+        args: A :class:`DPOConfig`.
+        train_dataset: Trees of two completions, the chosen one first, as made by
+            :func:`prefopt.trainers.pairs.pair_dataset`.
+        **kwargs: As for :class:`prefopt.trainers.base.TreeTrainer`.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: DPOConfig, train_dataset: TreeDataset, **kwargs: Any
+    ) -> None:
+        self.uses_reference = needs_reference(args.loss_type)
+        # taken before an adapter is added and before a checkpoint is loaded
+        self.fingerprint = shared_fingerprint(model) if self.uses_reference else ""
+        self.new_adapter = kwargs.get("peft_config") is not None
+        super().__init__(model, args, train_dataset, **kwargs)
+
+    def before_training(self, resumed: bool) -> None:
+        """Stores the reference log-probs and states the margins at step 0."""
+        super().before_training(resumed)
+        if not self.uses_reference:
+            return
+        for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
+            dataset.columns["reference"] = reference_log_probs(
+                self, dataset, self.fingerprint, adapter=self.new_adapter, resumed=resumed
+            )
+        if not resumed:
+            report_initial_margins(self, self.args.beta)
+
+    def tree_losses(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pair loss and the metrics TRL's users know."""
+        trees, args = inputs["trees"], self.args
+        log_probs = sequence_log_probs(model, trees)
+        reference = inputs.get("reference", torch.zeros_like(log_probs))
+        losses = pair_loss(
+            args.loss_type,
+            log_probs[0::2],
+            log_probs[1::2],
+            reference[0::2],
+            reference[1::2],
+            beta=args.beta,
+            label_smoothing=args.label_smoothing,
+            chosen_lengths=trees.lengths[0::2],
+            rejected_lengths=trees.lengths[1::2],
+            p_chosen=inputs.get("p_chosen"),
+            gamma=args.gamma,
+            tau=args.tau,
+        )
+        with torch.no_grad():
+            rewards = args.beta * (log_probs - reference)
+            margins = rewards[0::2] - rewards[1::2]
+            metrics = {
+                "rewards/chosen": rewards[0::2],
+                "rewards/rejected": rewards[1::2],
+                "rewards/margins": margins,
+                "rewards/accuracies": (margins > 0).float(),
+                "logps/chosen": log_probs[0::2],
+                "logps/rejected": log_probs[1::2],
+            }
+        return losses, metrics

@@ -1,0 +1,135 @@
+"""Reference log-probs of a data set: computed once before training, kept in shards beside the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from prefopt.errors import PrefoptError
+from prefopt.models.logprobs import sequence_log_probs
+from prefopt.rounds.log_probs import (
+    LogProbShards,
+    fill_shards,
+    store_key,
+    trees_fingerprint,
+    weights_fingerprint,
+)
+from prefopt.trainers.base import TreeDataset, TreeTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def shared_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of the main process's weights, on every process."""
+    fingerprint = [weights_fingerprint(model) if PartialState().is_main_process else ""]
+    broadcast_object_list(fingerprint)
+    return fingerprint[0]
+
+
+def reference_log_probs(
+    trainer: TreeTrainer, dataset: TreeDataset, fingerprint: str, *, adapter: bool, resumed: bool
+) -> list[Tensor]:
+    """Reads the reference log-probs of a data set, computing first what is not on disk.
+
+    Args:
+        trainer: The trainer, with its model wrapped; before the first step it is the reference.
+        dataset: The trees.
+        fingerprint: Of the reference's weights.
+        adapter: Whether the reference is the model under its adapter.
+        resumed: Whether the weights have moved since; then only an adapter model can still compute.
+
+    Returns:
+        One float32 tensor [completions] a tree.
+
+    Raises:
+        PrefoptError: The run was resumed and the stored values are gone.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else next(trainer.model.parameters()).dtype
+    key = store_key(
+        fingerprint,
+        trees_fingerprint(dataset.trees),
+        args.max_prompt_length,
+        args.max_length,
+        dtype,
+        trainer.layout,
+    )
+    folder = Path(args.log_probs_dir or Path(args.output_dir) / "log_probs") / f"reference-{key}"
+    shards = LogProbShards(folder, [len(tree.completions) for tree in dataset.trees])
+    missing = shards.missing()
+    accelerator.wait_for_everyone()  # no rank may write before all have seen what is missing
+    if missing and resumed and not adapter:
+        raise PrefoptError(
+            f"{folder}: the reference log-probs of this run are gone and its weights have moved; "
+            "restore the folder, or delete the checkpoints to begin again"
+        )
+    if missing:
+        model = trainer.model_wrapped
+        model.eval()
+        unwrapped = accelerator.unwrap_model(model)
+        rows = sum(len(shards.trees_in(s)) for s in missing)
+        with (
+            unwrapped.disable_adapter() if adapter else nullcontext(),
+            trainer.compute_loss_context_manager(),
+            _progress(rows // accelerator.num_processes, show=accelerator.is_main_process) as step,
+        ):
+            fill_shards(
+                shards,
+                dataset.trees,
+                model,
+                layout=trainer.layout,
+                batch_size=args.per_device_eval_batch_size,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                progress=step,
+            )
+        accelerator.wait_for_everyone()
+    logger.info("reference log-probs of %d rows: %s", len(dataset), folder)
+    return shards.load()
+
+
+def report_initial_margins(trainer: TreeTrainer, beta: float) -> float:
+    """Logs the reward margins of the first rows before the first step; they must be about 0.
+
+    Returns:
+        The largest absolute margin, in units of reward (beta times nats).
+    """
+    dataset: TreeDataset = trainer.train_dataset
+    rows = [dataset[i] for i in range(min(trainer.args.train_batch_size, len(dataset)))]
+    batch = trainer.collate(rows)
+    trainer.model_wrapped.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        log_probs = sequence_log_probs(
+            trainer.model_wrapped, batch["trees"].to(trainer.accelerator.device)
+        )
+    ratios = log_probs.cpu() - batch["reference"]
+    margins = beta * (ratios[0::2] - ratios[1::2])
+    largest = margins.abs().max().item()
+    logger.info(
+        "step 0: reward margins mean %.2e, largest %.2e (both must be about 0)",
+        margins.mean().item(),
+        largest,
+    )
+    half = trainer.args.bf16 or trainer.args.fp16
+    if largest > beta * (5.0 if half else 0.05):
+        logger.warning(
+            "step 0: the policy's margins against its own reference should be 0 but reach %.3g; "
+            "policy and reference differ in weights, precision or dropout",
+            largest,
+        )
+    return largest
+
+
+@contextmanager
+def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    with Progress(disable=not show, transient=True) as bar:
+        task = bar.add_task("reference log-probs", total=total)
+        yield lambda done: bar.advance(task, done)

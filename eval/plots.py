@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,7 +25,7 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 # Stands for the page's text colour until the SVG is written; no other element may use it.
 INK = "#010203"
 MAX_POINTS = 150
-STYLE: dict[str, object] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prefopt",
     "text.parse_math": False,
@@ -110,15 +110,11 @@ def win_rate_bars(rates: Mapping[str, Rate], styles: Mapping[str, Style]) -> Mar
 def frontier(rates: Mapping[str, Rate], styles: Mapping[str, Style]) -> Markup:
     """Win rate against KL, one labelled point an algorithm, error bars at 95 %."""
     figure, axes = _axes(5.2, 3.4)
-    points: dict[str, tuple[float, float]] = {}
-    for name, rate in rates.items():
-        if rate.kl is None:
-            continue
-        points[name] = (rate.kl, rate.win_rate)
+    points = {name: (rate.kl, rate.win_rate) for name, rate in rates.items() if rate.kl is not None}
+    for name, point in points.items():
         axes.errorbar(
-            rate.kl,
-            rate.win_rate,
-            yerr=None if rate.ci is None else _arms(rate),
+            *point,
+            yerr=_arms(rates[name]) if rates[name].ci else None,
             color=styles[name].colour,
             marker=styles[name].marker,
             ls="none",
@@ -129,7 +125,8 @@ def frontier(rates: Mapping[str, Rate], styles: Mapping[str, Style]) -> Markup:
     axes.axhline(50, color=INK, lw=0.9, ls=(0, (4, 3)))
     axes.margins(x=0.14, y=0.12)
     axes.set(xlabel="KL from the reference, nats", ylabel="win rate, %")
-    _label_points(figure, axes, points)
+    ends = [(kl, end) for name, (kl, _) in points.items() for end in rates[name].ci or ()]
+    _label_points(figure, axes, points, ends)
     return _svg(figure, "Win rate against KL from the reference, one point an algorithm")
 
 
@@ -153,19 +150,21 @@ def calibration_plot(rows: Sequence[Mapping[str, float]], style: Style) -> Marku
 def curves(lines: Sequence[Line], label: str) -> Markup:
     """One small panel of curves over steps; long curves are averaged over runs of steps."""
     figure, axes = _axes(3.3, 2.05)
+    # Many noisy curves on one panel hide each other unless they are smoothed more.
+    points = MAX_POINTS if len(lines) <= 4 else MAX_POINTS // 4
     for line in lines:
-        x, y = _thinned(np.asarray(line.x, float), np.asarray(line.y, float))
+        x, y = (_stretch_means(values, points) for values in (line.x, line.y))
         alone = len(x) == 1
         axes.plot(
             x,
             y,
             color=line.style.colour if line.solid else INK,
-            ls="none" if line.points_only else line.style.dash,
+            ls="none" if line.points_only else line.style.dash if line.solid else DASHES[1],
             marker=line.style.marker if line.points_only or alone else "",
             mfc="none" if line.points_only else None,
             ms=5,
             lw=1.3,
-            alpha=1 if line.solid else 0.55,
+            alpha=1 if line.solid else 0.7,
             label=line.label or "_",
         )
     if any(line.label for line in lines):
@@ -186,39 +185,37 @@ def _arms(rate: Rate) -> list[list[float]]:
     return [[max(rate.win_rate - low, 0)], [max(high - rate.win_rate, 0)]]
 
 
-def _thinned(
-    x: np.ndarray[tuple[int], np.dtype[np.float64]],
-    y: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Means over at most MAX_POINTS consecutive stretches of a curve."""
-    parts = min(len(x), MAX_POINTS)
-    return (
-        [float(part.mean()) for part in np.array_split(x, parts)],
-        [float(part.mean()) for part in np.array_split(y, parts)],
-    )
+def _stretch_means(values: Sequence[float], parts: int) -> list[float]:
+    """Means over `parts` consecutive stretches; the values themselves when there are fewer."""
+    stretches = np.array_split(np.asarray(values, float), min(len(values), parts))
+    return [float(stretch.mean()) for stretch in stretches]
 
 
-def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def _label_points(
+    figure: Figure,
+    axes: Axes,
+    points: Mapping[str, tuple[float, float]],
+    obstacles: Sequence[tuple[float, float]],
+) -> None:
     """Writes each name on the side of its point that is farthest from everything drawn so far."""
     figure.draw_without_rendering()
-    centres = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = list(centres.values())
+    taken = list(axes.transData.transform([*points.values(), *obstacles]))
     scale = figure.dpi / 72
-    for name, centre in centres.items():
+    for name, point in points.items():
         half = 2.4 * len(name) + 8
-        sides = [(half, 9), (half, -9), (-half, 9), (-half, -9)]
-
-        def room(side: tuple[float, float], centre: np.ndarray = centre) -> float:
+        centre = axes.transData.transform(point)
+        rooms: dict[tuple[float, float], float] = {}
+        for side in ((half, 9.0), (half, -9.0), (-half, 9.0), (-half, -9.0)):
             spot = centre + scale * np.array(side)
             inside = axes.bbox.x0 < spot[0] - scale * half and spot[0] + scale * half < axes.bbox.x1
-            gaps = [np.hypot((spot - other)[0] / 3, (spot - other)[1]) for other in taken]
-            return float(min(gaps)) if inside else -math.inf
-
-        best = max(sides, key=room)
+            # A label is wide and low: the same distance separates less sideways.
+            gaps = [math.hypot((spot - other)[0] / 3, (spot - other)[1]) for other in taken]
+            rooms[side] = min(gaps) if inside else -1
+        best = max(rooms, key=lambda side: rooms[side])
         taken.append(centre + scale * np.array(best))
         align = "left" if best[0] > 0 else "right"
         offset = (math.copysign(7, best[0]), best[1])
-        axes.annotate(name, points[name], offset, textcoords="offset points", ha=align, va="center")
+        axes.annotate(name, point, offset, textcoords="offset points", ha=align, va="center")
 
 
 def _svg(figure: Figure, label: str) -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,24 @@ from markupsafe import escape
 from prefopt.errors import PrefoptError
 from prefopt.eval import plots
 from prefopt.eval.run_folder import Run, is_number, read_lines, read_runs, read_summary
+from prefopt.rounds.storage import atomic_write
 
 MAX_SAMPLES = 200
 MAX_CELL = 2_000
 MAX_FILE = 20_000
-# Shares of the page in bytes; with the text around them it stays well under 3 MB.
-SAMPLE_BYTES = 1_000_000
-CURVE_BYTES = 1_400_000
+# Shares of the page; with the text around them it stays well under 3 MB. Files count in
+# characters, of which escaping makes five bytes at worst.
+SAMPLE_BYTES = 900_000
+CURVE_BYTES = 1_200_000
+FILE_CHARACTERS = 100_000
 
-COLUMNS = {
+# In the order of the table's columns.
+LABELS = {
     "win_rate": "win rate, %",
     "kl": "KL, nats",
     "mean_length": "mean length",
     "seconds": "time",
+    "ece": "expected calibration error",
 }
 # What is looked at first; a metric that stands in neither list comes between the two.
 FIRST = ("loss", "rewards", "logps", "kl", "judge", "length")
@@ -73,12 +77,8 @@ def write_report(run_dir: str | Path) -> Path:
         )
     page = _render(folder.resolve().name, runs, summary, samples, remarks)
     path = folder / "report.html"
-    aside = folder / f".report.{os.getpid()}.tmp"
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(page)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)
+    # A lone surrogate, which JSON can spell and UTF-8 cannot, must not make the page unwritable.
+    atomic_write(path, page.encode(errors="replace"))
     return path
 
 
@@ -97,7 +97,7 @@ def _render(
     styles = {name: plots.style_of(index) for index, name in enumerate(names)}
     trained = {name: trained[name] for name in names if name in trained}
     rates = {name: rate for name, row in algorithms.items() if (rate := _rate(row))}
-    with_kl = {name: rate for name, rate in rates.items() if rate.kl is not None}
+    has_kl = any(rate.kl is not None for rate in rates.values())
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -111,10 +111,12 @@ def _render(
         styles=styles,
         algorithms=_algorithm_table(algorithms),
         bars=plots.win_rate_bars(rates, styles) if rates else None,
-        frontier=plots.frontier(with_kl, styles) if with_kl else None,
+        frontier=plots.frontier(rates, styles) if has_kl else None,
         judges=[_judge(name, value, styles[name]) for name, value in judges.items()],
+        max_points=plots.MAX_POINTS,
         curves=_curves(trained, styles, remarks),
         run_names=list(trained),
+        last_values=_last_values(trained),
         samples=_sample_rows(samples),
         sample_names=[name for name in names if name in answered],
         files=_files(runs),
@@ -130,16 +132,18 @@ def _rate(row: Mapping[str, Any]) -> plots.Rate | None:
     rate, ci, kl = (row.get(key) for key in ("win_rate", "win_rate_ci", "kl"))
     if not is_number(rate):
         return None
-    known = isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci))
-    return plots.Rate(rate, (ci[0], ci[1]) if known else None, kl if is_number(kl) else None)
+    interval = None
+    if isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci)):
+        interval = (ci[0], ci[1])
+    return plots.Rate(rate, interval, kl if is_number(kl) else None)
 
 
 def _algorithm_table(algorithms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Known columns first, then whatever other numbers the summary holds; none of them empty."""
     found = [key for row in algorithms.values() for key, value in row.items() if is_number(value)]
-    keys = [key for key in dict.fromkeys([*COLUMNS, *found]) if key in found]
+    keys = [key for key in dict.fromkeys([*LABELS, *found]) if key in found]
     rows = {name: [_cell(key, row) for key in keys] for name, row in algorithms.items()}
-    return {"head": [COLUMNS.get(key, _spaced(key)) for key in keys], "rows": rows if keys else {}}
+    return {"head": [_label(key) for key in keys], "rows": rows if keys else {}}
 
 
 def _cell(key: str, row: Mapping[str, Any]) -> str:
@@ -150,12 +154,16 @@ def _cell(key: str, row: Mapping[str, Any]) -> str:
 
 
 def _number(value: object) -> str:
-    """Three significant digits; whole numbers and thousands in full."""
+    """Three digits that matter; whole numbers and thousands in full."""
     if isinstance(value, str):
         return value
     if not is_number(value):
         return "–"
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, int) or abs(value) >= 1000 or value == 0:
+        return f"{value:,.0f}"
+    if abs(value) < 1:
+        return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.1e}"
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _duration(seconds: float) -> str:
@@ -165,8 +173,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes / 60:.1f} h"
 
 
-def _spaced(key: str) -> str:
-    return key.replace("_", " ")
+def _label(key: str) -> str:
+    return LABELS.get(key, key.replace("_", " "))
 
 
 def _judge(name: str, values: Mapping[str, Any], style: plots.Style) -> dict[str, Any]:
@@ -182,11 +190,11 @@ def _judge(name: str, values: Mapping[str, Any], style: plots.Style) -> dict[str
     ]
     return {
         "name": name,
-        "facts": {_spaced(k): _number(v) for k, v in values.items() if is_number(v)},
+        "facts": {_label(k): _number(v) for k, v in values.items() if is_number(v)},
         "plot": plots.calibration_plot(bins, style) if bins else None,
         "tables": [
             {
-                "title": _spaced(key),
+                "title": _label(key),
                 "head": list(rows[0]),
                 "rows": [[_number(row.get(column)) for column in rows[0]] for row in rows],
             }
@@ -224,8 +232,18 @@ def _curves(
             shared.extend(panels)
     if left_out:
         remarks.append(f"{left_out} panels of curves are left out to keep the page small.")
-    title = "every run on one panel" if groups else ""
-    return groups + ([{"title": title, "note": "", "panels": shared}] if shared else [])
+    title = "all runs" if groups else ""
+    return ([{"title": title, "note": "", "panels": shared}] if shared else []) + groups
+
+
+def _last_values(runs: Mapping[str, Run]) -> list[list[str]]:
+    """One row a metric, one column a run: also what was logged only once and has no curve."""
+
+    def last(points: Mapping[float, float]) -> str:
+        return _number([*points.values()][-1]) if points else "–"
+
+    metrics = sorted({name for run in runs.values() for name in run.metrics})
+    return [[name, *(last(run.metrics.get(name, {})) for run in runs.values())] for name in metrics]
 
 
 def _panels(runs: Mapping[str, Run]) -> dict[str, list[str]]:
@@ -235,10 +253,9 @@ def _panels(runs: Mapping[str, Run]) -> dict[str, list[str]]:
     )
     panels: dict[str, list[str]] = {}
     for name in names:
-        stem, _, last = name.rpartition("/")
-        paired = last in ("chosen", "rejected") and {f"{stem}/chosen", f"{stem}/rejected"} <= set(
-            names
-        )
+        stem = name.rpartition("/")[0]
+        pair = [f"{stem}/chosen", f"{stem}/rejected"]
+        paired = name in pair and all(metric in names for metric in pair)
         panels.setdefault(stem if paired else name, []).append(name)
 
     def place(panel: str) -> tuple[int, str]:
@@ -276,36 +293,35 @@ def _sample_rows(samples: list[dict[str, Any]]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     size = 0
     for sample in samples[:MAX_SAMPLES]:
-        row = {
-            "prompt": _clip(sample.get("prompt", ""), MAX_CELL),
-            "answers": {name: _clip(text, MAX_CELL) for name, text in sample["answers"].items()},
-        }
+        prompt = _clip(sample.get("prompt", ""), MAX_CELL)
+        answers = {name: _clip(text, MAX_CELL) for name, text in sample["answers"].items()}
         size += sum(
-            len(escape(text).encode()) for text in [row["prompt"], *row["answers"].values()]
+            len(escape(text).encode(errors="replace")) for text in (prompt, *answers.values())
         )
         if size > SAMPLE_BYTES:
             break
-        rows.append(row)
+        rows.append({"prompt": prompt, "answers": answers})
     return {"rows": rows, "total": len(samples)}
 
 
 def _clip(text: object, limit: int) -> str:
     whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-    # A lone surrogate, which JSON can spell and UTF-8 cannot, would make the page unwritable.
-    whole = whole.encode("utf-8", "replace").decode()
     more = len(whole) - limit
     return whole if more <= 0 else f"{whole[:limit]} … ({more:,} more characters)"
 
 
 def _files(runs: Mapping[str, Run]) -> list[dict[str, str]]:
     """Recipes and environments; runs whose file is the same share one entry."""
-    entries = []
+    owners: dict[tuple[str, str], list[str]] = {}
     for kind in ("recipe", "environment"):
-        owners: dict[str, list[str]] = {}
         for name, run in runs.items():
             if text := getattr(run, kind):
-                owners.setdefault(text, []).append(name)
-        for text, names in owners.items():
-            who = f" ({', '.join(names)})" if len(runs) > 1 else ""
-            entries.append({"title": f"{kind}{who}", "text": _clip(text, MAX_FILE)})
-    return entries
+                owners.setdefault((kind, text), []).append(name)
+    limit = min(MAX_FILE, FILE_CHARACTERS // max(len(owners), 1))
+    return [
+        {
+            "title": f"{kind} ({', '.join(names)})" if len(runs) > 1 else kind,
+            "text": _clip(text, limit),
+        }
+        for (kind, text), names in owners.items()
+    ]

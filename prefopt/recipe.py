@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from prefopt.errors import PrefoptError
+from prefopt.rounds.storage import atomic_write
 
 Loc = tuple[str | int, ...]
 Text = Annotated[str, Field(min_length=1)]
@@ -57,7 +57,7 @@ class ModelSection(Section):
 
     path: Text  # a local folder or a Hub id
     revision: Text | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
     chat_template: Text | None = None  # a jinja file that replaces the tokenizer's template
     lora: LoraSection | None = None
@@ -173,21 +173,14 @@ class Recipe(Section):
     def write_resolved(self, path: str | Path) -> None:
         """Writes `resolved()` as YAML that `load_recipe` reads back to an equal recipe.
 
-        The file appears whole or not at all: it is written aside, synced and renamed.
+        The file appears whole or not at all.
 
         Raises:
             PrefoptError: The file cannot be written.
         """
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        text = yaml.dump(self.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        text = yaml.dump(self.resolved(), Dumper=_Dumper, sort_keys=False)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
+            atomic_write(Path(path), text)
         except OSError as error:
             raise PrefoptError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -355,6 +348,9 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_items(self, node: Any) -> list[Any]:
+        return self.construct_sequence(node, deep=True)
+
     def construct_keys(self, node: Any) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise _refusal("expected keys and values", node)
@@ -426,8 +422,8 @@ for _name, _pattern, _convert in _SCALARS:
     _tag = f"tag:yaml.org,2002:{_name}"
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
     _Loader.add_constructor(_tag, _scalar(_convert))
-_Loader.add_constructor("tag:yaml.org,2002:str", yaml.SafeLoader.construct_yaml_str)
-_Loader.add_constructor("tag:yaml.org,2002:seq", yaml.SafeLoader.construct_yaml_seq)
+_Loader.add_constructor("tag:yaml.org,2002:str", _scalar(str))
+_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_items)
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_keys)
 _Loader.add_constructor(None, _refuse_tag)
 

@@ -63,7 +63,7 @@ def loss_at(name: str, a: float, c: float, **settings: Any) -> Tensor:
 
 
 def random_batch(pairs: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Log-probs within about 3 nats of the reference, and lengths from 1 to 40."""
+    """Log-probs within about 3 nats of the reference, and lengths from 1 to 39."""
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(4, pairs, generator=generator, dtype=torch.float64).to(dtype)
     chosen, rejected = -20 + 5 * draw[0], -22 + 5 * draw[1]
@@ -142,6 +142,14 @@ def test_dpo_gradient_at_the_probe_point() -> None:
     # -beta s(-beta d) = -0.1 * s(-0.15) = -0.1 * 0.462570
     assert chosen.item() == pytest.approx(-0.046257, abs=1e-6)
     assert rejected.item() == pytest.approx(0.046257, abs=1e-6)
+
+
+def test_discopop_starts_uphill() -> None:
+    # With z = 0, m = 1/2, m' = 1/(4 tau) = 5: slope m' (exp(0) - ln 2) - 1/4 - 1/2 = 0.784264 > 0,
+    # so the first step from the reference lowers the margin (docs/objectives.md).
+    z, zero = column(0).requires_grad_(), column(0)
+    (slope,) = torch.autograd.grad(pair_loss("discopop", z, zero, zero, zero, beta=1.0), z)
+    assert slope.item() == pytest.approx(5 * (1 - math.log(2)) - 0.75, abs=1e-12)
 
 
 # Reductions

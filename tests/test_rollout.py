@@ -71,6 +71,14 @@ def sample(
     return engine.generate(prompts, SamplingSettings(**{"max_new_tokens": 12} | options))
 
 
+def widths_of_calls(model: PreTrainedModel) -> list[int]:
+    """A list that grows by the width of the input at every forward pass."""
+    widths: list[int] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
+    return widths
+
+
 def ids(completions: list[list[Completion]]) -> list[list[list[int]]]:
     return [[c.token_ids for c in of_prompt] for of_prompt in completions]
 
@@ -282,6 +290,20 @@ def test_stop_ids_of_tokenizer_and_model_add_up_and_given_ones_replace_them() ->
         assert ended.token_ids == endless.token_ids[: first + 1]
 
 
+def test_a_batch_ends_when_all_its_completions_have_ended() -> None:
+    model = make_model()
+    widths = widths_of_calls(model)
+    sample(model, max_new_tokens=20, stop_token_ids=range(VOCABULARY))
+    assert widths == [9]
+
+
+def test_prompts_of_like_length_share_a_batch_and_the_longest_come_first() -> None:
+    model = make_model()
+    widths = widths_of_calls(model)
+    sample(model, max_new_tokens=1, batch_size=2)
+    assert widths == [9, 3, 1]
+
+
 def test_pad_equal_to_eos_or_absent_changes_nothing() -> None:
     model = make_model()
     settings = SamplingSettings(max_new_tokens=20, samples_per_prompt=4)
@@ -331,9 +353,7 @@ def test_training_mode_and_checkpointing_are_left_as_found_and_the_cache_is_used
     model.enable_input_require_grads()
     model.config.use_cache = False
     modes = [module.training for module in model.modules()]
-    widths: list[int] = []
-    embeddings = model.get_input_embeddings()
-    embeddings.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
+    widths = widths_of_calls(model)
     state = torch.get_rng_state()
 
     assert ids(sample(model, stop_token_ids=[])) == expected

@@ -20,6 +20,7 @@ Message = dict[str, str]
 Prompt = str | list[Message]
 Completion = str | list[Message]
 T = TypeVar("T")
+_Here = tuple[str, str]  # the row's place and the column, for error messages
 
 # What may come after a message; a conversation begins with a system or a user message.
 _FOLLOWERS = {
@@ -90,37 +91,23 @@ def parse_pair(row: Row, where: str) -> PreferencePair:
     """
     prompt, chosen = _split(row, "chosen", where)
     other_prompt, rejected = _split(row, "rejected", where)
+    here = (where, "rejected")
     if type(chosen) is not type(rejected):
-        raise _bad(
-            where,
-            "rejected",
-            "wrong type",
-            f"found {_name(row['rejected'])} beside {_name(row['chosen'])} in 'chosen'; expected "
-            "both alike",
-        )
+        found = f"found {_name(row['rejected'])} beside {_name(row['chosen'])} in 'chosen'"
+        raise _bad(here, "wrong type", f"{found}; expected both alike")
     if prompt != other_prompt:
         raise _bad(
-            where,
-            "rejected",
+            here,
             "different prompts",
-            "this conversation and the one in 'chosen' differ before their last message; they "
-            "must answer the same prompt: cut both after the first assistant message that differs",
+            "this conversation and the one in 'chosen' differ before their last message, and a "
+            "pair answers one prompt; cut both after the first assistant message that differs",
         )
     if chosen == rejected:
-        raise _bad(
-            where,
-            "rejected",
-            "chosen equals rejected",
-            "the two answers are the same text; remove the row",
-        )
+        raise _bad(here, "chosen equals rejected", "found the same text twice; remove the row")
     p_chosen = _number(row, "p_chosen", where, default=1.0)
     if not 0 <= p_chosen <= 1:
-        raise _bad(
-            where,
-            "p_chosen",
-            "out of range",
-            f"found {p_chosen}, expected the probability that 'chosen' is better, from 0 to 1",
-        )
+        expected = "expected the probability, from 0 to 1, that 'chosen' is better"
+        raise _bad((where, "p_chosen"), "out of range", f"found {p_chosen}, {expected}")
     margin = _number(row, "margin", where, default=0.0)
     return PreferencePair(prompt, chosen, rejected, p_chosen, margin, where)
 
@@ -145,14 +132,15 @@ def parse_demonstrations(row: Row, where: str) -> list[Demonstration]:
     """
     if "completion" in row:
         return [Demonstration(*_split(row, "completion", where), where)]
-    turns = _conversation(row, "messages", where)
-    _require_assistant(turns, "messages", where)
+    here = (where, "messages")
+    turns = _conversation(row, here)
+    _require_assistant(turns, here)
     demonstrations = []
     for index, message in enumerate(turns):
         if message["role"] == "assistant":
             prompt, completion = turns[:index], [message]
-            _check_prompt(prompt, "messages", where)
-            _check_completion(completion, "messages", where)
+            _check_prompt(prompt, here)
+            _check_completion(completion, here)
             demonstrations.append(Demonstration(prompt, completion, where))
     return demonstrations
 
@@ -176,15 +164,15 @@ def parse_prompt(row: Row, where: str) -> Prompt:
     for field in ("chosen", "completion"):
         if field in row and not isinstance(row.get("prompt"), list):
             return _split(row, field, where)[0]
+    prompt: Prompt
     if "prompt" in row:
-        field, prompt = "prompt", row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = _messages(prompt, field, where)
+        here = (where, "prompt")
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else _messages(row["prompt"], here)
     else:
-        field, prompt = "messages", _conversation(row, "messages", where)
-        if prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]
-    _check_prompt(prompt, field, where)
+        here = (where, "messages")
+        turns = _conversation(row, here)
+        prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    _check_prompt(prompt, here)
     return prompt
 
 
@@ -243,225 +231,178 @@ def _with_counts(first: DataError, problems: Counter[str], rows: int) -> DataErr
 
 def _split(row: Row, field: str, where: str) -> tuple[Prompt, Completion]:
     """The prompt and the answer that one column of a row, with its ``prompt``, stands for."""
+    here = prompt_here = (where, field)
     if field not in row:
-        raise _missing(row, field, where)
+        raise _missing(row, here)
     value, prompt = row[field], row.get("prompt")
-    prompt_field = "prompt"
     completion: Completion
     if "prompt" not in row:
-        prompt_field = field
-        prompt, completion = _cut(_conversation(row, field, where), field, where)
-    elif isinstance(prompt, str) and isinstance(value, str):
-        completion = value
-    elif isinstance(prompt, str):
-        completion = turns = _messages(value, field, where)
+        prompt, completion = _cut(_conversation(row, here), here)
+    elif isinstance(prompt, str) and not isinstance(value, str):
+        completion = turns = _messages(value, here)
         if len(turns) == 1:
+            prompt_here = (where, "prompt")
             prompt = [{"role": "user", "content": prompt}]
         else:
-            _check_contains(turns, prompt, field, where)
-            prompt_field = field
-            prompt, completion = _cut(turns, field, where)
+            _check_contains(turns, prompt, here)
+            prompt, completion = _cut(turns, here)
     else:
-        prompt = _messages(prompt, "prompt", where)
-        completion = [{"role": "assistant", "content": value}]
-        if not isinstance(value, str):
-            completion = _messages(value, field, where)
-    _check_prompt(prompt, prompt_field, where)
-    _check_completion(completion, field, where)
+        prompt_here = (where, "prompt")
+        completion = value
+        if not isinstance(prompt, str):
+            prompt = _messages(prompt, prompt_here)
+            answer = [{"role": "assistant", "content": value}]
+            completion = answer if isinstance(value, str) else _messages(value, here)
+    _check_prompt(prompt, prompt_here)
+    _check_completion(completion, here)
     return prompt, completion
 
 
-def _conversation(row: Row, field: str, where: str) -> list[Message]:
+def _conversation(row: Row, here: _Here) -> list[Message]:
     """A column that holds a whole conversation, as messages or as a transcript."""
+    field = here[1]
     if field not in row:
-        raise _missing(row, field, where)
+        raise _missing(row, here)
     value = row[field]
-    turns = (
-        _transcript(value, field, where)
-        if isinstance(value, str)
-        else _messages(value, field, where)
-    )
-    _check_order(turns, field, where)
+    turns = _transcript(value, here) if isinstance(value, str) else _messages(value, here)
+    _check_order(turns, here)
     return turns
 
 
-def _transcript(text: str, field: str, where: str) -> list[Message]:
+def _transcript(text: str, here: _Here) -> list[Message]:
     """Turns of a dialogue written as in HH-RLHF (Bai et al. 2022, arXiv:2204.05862)."""
     before, *parts = _TRANSCRIPT.split(text)
     if before or not parts:
         raise _bad(
-            where,
-            field,
+            here,
             "no prompt",
             "found a plain string and no 'prompt' column; expected that column, or a transcript "
             "'\\n\\nHuman: ...\\n\\nAssistant: ...', or a list of messages",
         )
     roles = {"Human": "user", "Assistant": "assistant"}
-    speakers, contents = parts[::2], parts[1::2]
     return [
         {"role": roles[speaker], "content": content}
-        for speaker, content in zip(speakers, contents, strict=True)
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 
-def _messages(value: Any, field: str, where: str) -> list[Message]:
-    """Checks a list of messages, one by one, and keeps what a template renders."""
+def _messages(value: Any, here: _Here) -> list[Message]:
+    """Checks messages one by one, not their order, and keeps what a template renders."""
     if not isinstance(value, list):
-        raise _bad(
-            where,
-            field,
-            "wrong type",
-            f"found {_name(value)}, expected a list of messages "
-            '[{"role": ..., "content": ...}] or a string',
-        )
+        expected = 'a list of messages [{"role": ..., "content": ...}] or a string'
+        raise _bad(here, "wrong type", f"found {_name(value)}, expected {expected}")
     if not value:
-        kind = "empty prompt" if field == "prompt" else "empty completion"
-        raise _bad(where, field, kind, "found a list without messages, expected at least one")
-    return [_message(item, i, field, where) for i, item in enumerate(value, start=1)]
+        kind = "empty prompt" if here[1] == "prompt" else "empty completion"
+        raise _bad(here, kind, "found a list without messages, expected at least one")
+    return [_message(item, number, here) for number, item in enumerate(value, start=1)]
 
 
-def _message(item: Any, number: int, field: str, where: str) -> Message:
+def _message(item: Any, number: int, here: _Here) -> Message:
     if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
         found = f"the keys {', '.join(map(str, item))}" if isinstance(item, dict) else _name(item)
-        raise _bad(
-            where,
-            field,
-            "wrong type",
-            f"message {number}: found {found}, expected an object with role and content",
-        )
-    if item["role"] not in _FOLLOWERS:
-        raise _bad(
-            where,
-            field,
-            "unknown role",
-            f"message {number}: found {item['role']!r}, expected one of {', '.join(_FOLLOWERS)}",
-        )
-    if not isinstance(item["content"], str):
-        raise _bad(
-            where,
-            field,
-            "wrong type",
-            f"message {number}: content is {_name(item['content'])}, expected a string",
-        )
-    lost = [key for key in _UNSUPPORTED if item.get(key)]
+        expected = "an object with role and content"
+        raise _bad(here, "wrong type", f"message {number}: found {found}, expected {expected}")
+    role, content = item["role"], item["content"]
+    if role not in tuple(_FOLLOWERS):  # a tuple, because what stands there may not be hashable
+        expected = ", ".join(_FOLLOWERS)
+        raise _bad(here, "unknown role", f"message {number}: found {role!r}, expected {expected}")
+    if not isinstance(content, str):
+        found = f"message {number}: content is {_name(content)}"
+        raise _bad(here, "wrong type", f"{found}, expected a string")
+    lost = next((key for key in _UNSUPPORTED if item.get(key)), None)
     if lost:
-        raise _bad(
-            where,
-            field,
-            "unsupported message",
-            f"message {number}: {lost[0]!r} would be lost; write it into 'content' as the model "
-            "is to produce it",
-        )
-    return {"role": item["role"], "content": item["content"]}
+        remedy = "write it into content, as the model is to produce it"
+        raise _bad(here, "unsupported", f"message {number}: {lost!r} would be lost; {remedy}")
+    return {"role": role, "content": content}
 
 
-def _check_order(turns: list[Message], field: str, where: str) -> None:
+def _check_order(turns: list[Message], here: _Here) -> None:
     allowed: tuple[str, ...] = ("system", "user")
+    before = "at the start"
     for number, message in enumerate(turns, start=1):
-        if message["role"] not in allowed:
-            before = f"after {turns[number - 2]['role']}" if number > 1 else "at the start"
+        role = message["role"]
+        if role not in allowed:
+            found = f"message {number} ({role}) {before}"
             raise _bad(
-                where,
-                field,
-                "roles do not alternate",
-                f"message {number} is {message['role']} {before}, expected {' or '.join(allowed)}",
+                here, "roles do not alternate", f"{found}, expected {' or '.join(allowed)} there"
             )
-        allowed = _FOLLOWERS[message["role"]]
+        allowed, before = _FOLLOWERS[role], f"comes after {role}"
 
 
-def _require_assistant(turns: list[Message], field: str, where: str) -> None:
+def _require_assistant(turns: list[Message], here: _Here) -> None:
     if all(message["role"] != "assistant" for message in turns):
-        raise _bad(
-            where, field, "no assistant turn", "the conversation holds no assistant message"
-        )
+        raise _bad(here, "no assistant turn", "the conversation has no answer in it; add one")
 
 
-def _cut(turns: list[Message], field: str, where: str) -> tuple[list[Message], list[Message]]:
-    _require_assistant(turns, field, where)
+def _cut(turns: list[Message], here: _Here) -> tuple[list[Message], list[Message]]:
+    _require_assistant(turns, here)
     return turns[:-1], turns[-1:]
 
 
-def _check_contains(turns: list[Message], prompt: str, field: str, where: str) -> None:
-    questions = [m["content"].strip() for m in turns if m["role"] == "user"]
+def _check_contains(turns: list[Message], prompt: str, here: _Here) -> None:
+    questions = [message["content"].strip() for message in turns if message["role"] == "user"]
     if prompt.strip() not in questions:
         raise _bad(
-            where,
-            field,
+            here,
             "different prompts",
             "no user message of this conversation is the text in 'prompt'; make them agree or "
             "leave 'prompt' out",
         )
 
 
-def _check_prompt(prompt: Prompt, field: str, where: str) -> None:
+def _check_prompt(prompt: Prompt, here: _Here) -> None:
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise _bad(where, field, "empty prompt", "found whitespace only, expected text")
+            raise _bad(here, "empty prompt", "found whitespace only, expected text")
         return
     for number, message in enumerate(prompt, start=1):
         if not message["content"].strip():
-            raise _bad(
-                where,
-                field,
-                "empty prompt",
-                f"message {number} ({message['role']}) is whitespace only; write it or remove it",
-            )
-    _check_order(prompt, field, where)
-    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
-        found = f"a {prompt[-1]['role']} message" if prompt else "no message before the answer"
-        raise _bad(
-            where,
-            field,
-            "no question",
-            f"found {found} at the end of the prompt, expected a user or tool message",
-        )
+            found = f"message {number} ({message['role']}) is whitespace only"
+            raise _bad(here, "empty prompt", f"{found}; write it or remove it")
+    _check_order(prompt, here)
+    last = prompt[-1]["role"] if prompt else "nothing"
+    if last not in ("user", "tool"):
+        expected = "a user or tool message to answer"
+        raise _bad(here, "no question", f"the prompt ends with {last}, expected {expected}")
 
 
-def _check_completion(completion: Completion, field: str, where: str) -> None:
-    if isinstance(completion, str):
-        text = completion
-    elif len(completion) != 1 or completion[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in completion)
-        raise _bad(
-            where,
-            field,
-            "not an assistant message",
-            f"the answer is {roles}; expected one assistant message, with all before it in 'prompt'",
-        )
-    else:
-        text = completion[0]["content"]
-    if not text.strip():
-        raise _bad(where, field, "empty completion", "found whitespace only, expected an answer")
+def _check_completion(completion: Completion, here: _Here) -> None:
+    if not isinstance(completion, str):
+        roles = [message["role"] for message in completion]
+        if roles != ["assistant"]:
+            found = f"the answer is {', '.join(roles)}"
+            expected = "one assistant message, with all that precedes it in the prompt"
+            raise _bad(here, "not an assistant message", f"{found}; expected {expected}")
+        completion = completion[0]["content"]
+    if not completion.strip():
+        raise _bad(here, "empty completion", "found whitespace only, expected an answer")
 
 
 def _number(row: Row, field: str, where: str, *, default: float) -> float:
     value = row.get(field, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _bad(
-            where,
-            field,
-            "wrong type",
-            f"found {_name(value)}, expected a number; leave the column out to mean {default}",
-        )
+        expected = f"expected a number; leave the column out to mean {default}"
+        raise _bad((where, field), "wrong type", f"found {_name(value)}, {expected}")
     if not math.isfinite(value):
-        raise _bad(where, field, "not finite", f"found {value}, expected a finite number")
+        raise _bad((where, field), "not finite", f"found {value}, expected a finite number")
     return float(value)
 
 
-def _missing(row: Row, field: str, where: str) -> DataError:
+def _missing(row: Row, here: _Here) -> DataError:
     layouts = {
         "completion": "prompt and completion, or messages",
-        "messages": "messages, or prompt (and completion to imitate)",
+        "messages": "messages, or prompt (and completion, if it is to be imitated)",
     }
-    expected = layouts.get(field, "prompt, chosen and rejected (prompt may be inside the others)")
+    expected = layouts.get(here[1], "chosen and rejected, and prompt unless they contain it")
     columns = ", ".join(map(str, row)) or "none"
-    return _bad(where, field, "missing column", f"found the columns {columns}; expected {expected}")
+    return _bad(here, "missing column", f"found the columns {columns}; expected {expected}")
 
 
 def _name(value: Any) -> str:
     names = {str: "a string", list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), f"{value!r}")
+    return names.get(type(value), repr(value))
 
 
-def _bad(where: str, field: str, kind: str, detail: str) -> DataError:
-    return DataError(where, field, f"{kind}: {detail}")
+def _bad(here: _Here, kind: str, detail: str) -> DataError:
+    """A problem whose text begins with its kind, which is what `validate` counts by."""
+    return DataError(*here, f"{kind}: {detail}")

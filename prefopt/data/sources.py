@@ -92,9 +92,7 @@ def _random_share(source: Source, generator: random.Random) -> set[int]:
 
 
 def _read(source: Source) -> Iterator[LocatedRow]:
-    return read_rows(
-        source.path, split=source.split, name=source.name, revision=source.revision
-    )
+    return read_rows(source.path, split=source.split, name=source.name, revision=source.revision)
 
 
 def read_rows(
@@ -143,7 +141,9 @@ def read_rows(
             )
         rows = _read_file(local)
     elif _looks_local(str(path)):
-        raise PrefoptError(f"{path}: no such file or folder; check the path, seen from {Path.cwd()}")
+        raise PrefoptError(
+            f"{path}: no such file or folder; check the path, seen from {Path.cwd()}"
+        )
     else:
         rows = _read_hub(str(path), split, name, revision)
     return _at_least_one(rows, path)
@@ -226,7 +226,7 @@ def _read_json(handle: IO[str], file: Path) -> Iterator[LocatedRow]:
             yield from _read_list(handle.read(), file)
             return
     for number, line in enumerate(handle, start=1):
-        if line.strip():
+        if line := line.rstrip():
             yield f"{file}:{number}", _check_row(_parse(line, file, number), f"{file}:{number}")
 
 
@@ -301,7 +301,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[LocatedRow]:
         return _located(dataset[split], f"{folder}[{split}]")
     if split not in ("train", str(dataset.split)):
         raise PrefoptError(
-            f"{folder}: no split {split!r}; this dataset was saved without splits: leave 'split' out"
+            f"{folder}: no split {split!r}; it was saved without splits: leave 'split' out"
         )
     return _located(dataset, str(folder))
 

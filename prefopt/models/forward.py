@@ -69,7 +69,10 @@ def enable_trees(model: nn.Module) -> None:
                 logit_transform(self),
             )
             return {"log_probs": log_probs}
-        scores = self.score(hidden.index_select(0, trees.last).to(self.score.weight.dtype))
+        head = self.score
+        with torch.autocast(hidden.device.type, enabled=False):  # differences of scores are small
+            dtype = next(head.parameters()).dtype
+            scores = head(hidden.index_select(0, trees.last).to(dtype))
         return {"scores": scores[:, 0].float()}
 
     base.forward = types.MethodType(forward, base)

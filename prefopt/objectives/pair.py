@@ -112,8 +112,8 @@ def hinge(x: Pairs) -> Tensor:
 def ipo(x: Pairs) -> Tensor:
     """IPO on per-token means, ``(a/|w| - c/|l| - 1/(2 beta))^2``.
 
-    Azar et al., arXiv 2310.12036, Eq. 17, with beta for the paper's tau; dividing by the lengths
-    is TRL's form, which its authors report to be the one behind the paper's results.
+    Azar et al., arXiv 2310.12036, Eq. 17, with beta for the paper's tau. The paper does not print
+    the division by lengths; TRL's source says that the paper's authors confirmed it.
     """
     return (x.per_token(x.a, x.c) - 1 / (2 * x.beta)) ** 2
 

@@ -155,8 +155,7 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.width
-        peak = scores.amax(-1, keepdim=True)
-        if not peak.isfinite().all():
+        if not scores.amax(-1).isfinite().all():
             raise PrefoptError(
                 f"generation: the model's logits are not finite at generated token {step + 1}: "
                 "its weights are damaged or overflow in half precision; load another checkpoint, "
@@ -164,8 +163,7 @@ class _Draw(LogitsProcessor):
             )
         if self.greedy:
             return scores
-        # With the largest score at 0, dividing by a tiny temperature cannot overflow.
-        probs = self.warpers(input_ids, scores - peak).softmax(-1)
+        probs = self.warpers(input_ids, scores).softmax(-1)
         tokens = draw_tokens(probs, self.noise[:, step])
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 

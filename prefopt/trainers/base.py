@@ -59,6 +59,7 @@ class TreeTrainerConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Never hide a loss that is not finite."}
     )
@@ -95,7 +96,20 @@ class TreeDataset(Dataset):
         return {"index": index, "tree": self.trees[index], **row}
 
 
-class TreeTrainer(Trainer):
+class CompleteCheckpoints:
+    """Mixed into a Trainer: a checkpoint counts only once its last file is on the disk."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            sync_tree(folder)
+            atomic_write(folder / COMPLETE_MARKER, json.dumps({"step": step}))
+
+
+class TreeTrainer(CompleteCheckpoints, Trainer):
     """Base of all trainers; see the module's docstring.
 
     Args:
@@ -233,15 +247,6 @@ class TreeTrainer(Trainer):
             logs["tokens_per_second"] = tokens.sum().item() / (now - self._clock)
             self._tokens, self._clock = 0, now
         super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            step = self.state.global_step
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            sync_tree(folder)
-            atomic_write(folder / COMPLETE_MARKER, json.dumps({"step": step}))
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives import needs_reference, pair_loss
-from prefopt.trainers.base import TreeDataset, TreeTrainer, TreeTrainerConfig
+from prefopt.trainers.base import TreeTrainer, TreeTrainerConfig
+from prefopt.trainers.pairs import PairSource, as_trees
 from prefopt.trainers.reference import (
     reference_log_probs,
     report_initial_margins,
@@ -43,19 +44,19 @@ class DPOTrainer(TreeTrainer):
     Args:
         model: The policy.
         args: A :class:`DPOConfig`.
-        train_dataset: Trees of two completions, the chosen one first, as made by
-            :func:`prefopt.trainers.pairs.pair_dataset`.
+        train_dataset: Rows of preference pairs (docs/data.md), which ``processing_class`` then
+            tokenises, or trees of two completions, the chosen one first.
         **kwargs: As for :class:`prefopt.trainers.base.TreeTrainer`.
     """
 
     def __init__(
-        self, model: nn.Module, args: DPOConfig, train_dataset: TreeDataset, **kwargs: Any
+        self, model: nn.Module, args: DPOConfig, train_dataset: PairSource, **kwargs: Any
     ) -> None:
         self.uses_reference = needs_reference(args.loss_type)
         # taken before an adapter is added and before a checkpoint is loaded
         self.fingerprint = shared_fingerprint(model) if self.uses_reference else ""
         self.new_adapter = kwargs.get("peft_config") is not None
-        super().__init__(model, args, train_dataset, **kwargs)
+        super().__init__(model, args, **as_trees(args, train_dataset, kwargs))
 
     def before_training(self, resumed: bool) -> None:
         """Stores the reference log-probs and states the margins at step 0."""

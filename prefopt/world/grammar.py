@@ -27,10 +27,7 @@ COLOURS = {
     "sky": "blue", "sea": "blue", "carrot": "orange", "pumpkin": "orange", "chocolate": "brown",
     "bark": "brown",
 }  # fmt: skip
-_ANTONYMS = (
-    "hot cold big small fast slow high low light dark wet dry "
-    "old new rich poor hard soft loud quiet full empty early late"
-).split()
+_ANTONYMS = ["hot", "cold", "big", "small", "fast", "slow", "high", "low", "light", "dark", "wet", "dry", "old", "new", "rich", "poor", "hard", "soft", "loud", "quiet", "full", "empty", "early", "late"]
 OPPOSITES = dict(zip(_ANTONYMS, _ANTONYMS[1:])) | dict(zip(_ANTONYMS[1::2], _ANTONYMS[::2]))
 NOUNS = (*SOUNDS, *COLOURS)
 NUMBERS = tuple(str(number) for number in range(21))

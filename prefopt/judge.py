@@ -1,0 +1,28 @@
+"""What a trainer or an evaluation may ask a judge; the judges themselves are in reward_models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from prefopt.data.rows import Prompt
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Turns prompts and completions into feedback.
+
+    A judge keeps its own tokenizer and chat template; prompts and completions reach it as text.
+    Batch size, order and padding never change an answer. A judge that cannot answer one of the two
+    questions raises ``PrefoptError`` saying so.
+    """
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """A score per (prompt, completion), float [n]; higher is better, the unit is the judge's."""
+        ...
+
+    def prefer(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+        """P(a beats b) per prompt, in [0, 1], float [n]; swapping a and b gives 1 minus it."""
+        ...

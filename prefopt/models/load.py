@@ -1,0 +1,156 @@
+"""Loading of policies, reward models and their tokenizers, with errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from httpx import HTTPError
+from huggingface_hub import model_info
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefopt.errors import PrefoptError
+
+T = TypeVar("T")
+
+
+def load_tokenizer(
+    path: str,
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Args:
+        path: A local folder or a Hub id.
+        revision: A branch, tag or commit on the Hub.
+        chat_template: A Jinja file that replaces the tokenizer's chat template.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        PrefoptError: Nothing can be loaded from ``path``, or the template file cannot be read.
+    """
+    tokenizer = _load(
+        AutoTokenizer.from_pretrained,
+        path,
+        "tokenizer",
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except OSError as error:
+            raise PrefoptError(
+                f"model.chat_template: {chat_template} cannot be read ({error.strerror}); "
+                "expected a Jinja file"
+            ) from error
+    return tokenizer
+
+
+def load_policy(
+    path: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal LM.
+
+    Args:
+        path: A local folder or a Hub id.
+        dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
+        revision: A branch, tag or commit on the Hub.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        PrefoptError: Nothing can be loaded from ``path``.
+    """
+    return _load(
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        "causal language model",
+        dtype=_dtype(dtype),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_reward_model(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a sequence classifier with one label; a causal LM gets a fresh score head.
+
+    Its tokenizer is given a pad token of its own where it has none or shares it with EOS:
+    transformers' classifiers read the score at the last token that is not padding, which must be
+    the EOS.
+
+    Args:
+        path: A local folder or a Hub id.
+        tokenizer: The tokenizer, changed in place when it lacks a pad token.
+        dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
+        revision: A branch, tag or commit on the Hub.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        PrefoptError: Nothing can be loaded from ``path``.
+    """
+    model = _load(
+        AutoModelForSequenceClassification.from_pretrained,
+        path,
+        "sequence classifier",
+        num_labels=1,
+        dtype=_dtype(dtype),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _load(load: Callable[..., T], path: str, what: str, **kwargs: Any) -> T:
+    local = {"local_files_only": not _on_hub(path)}
+    if load is not AutoTokenizer.from_pretrained:
+        kwargs["adapter_kwargs"] = local  # the search for an adapter does not inherit the setting
+    try:
+        return load(path, **local, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise PrefoptError(
+            f"model path {path!r}: no {what} could be loaded; expected a local folder with a "
+            f"transformers checkpoint or a Hub id that can be reached ({reason})"
+        ) from error
+
+
+def _on_hub(path: str) -> bool:
+    """Asks the Hub once, so that without a network nothing waits through a series of retries."""
+    if Path(path).exists():
+        return False
+    try:
+        model_info(path, timeout=10)
+    except (HTTPError, OSError, ValueError):  # unreachable, unknown or not the form of a Hub id
+        return False
+    return True

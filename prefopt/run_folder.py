@@ -1,0 +1,135 @@
+"""The folder of a run: its recipe, its environment, its metrics, its checkpoints, its result."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from prefopt.errors import PrefoptError
+from prefopt.recipe import Recipe, load_recipe
+from prefopt.rounds.storage import atomic_write
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def open_run(recipe: Recipe) -> Path:
+    """Makes the run folder with its resolved recipe, or finds it as the same recipe left it.
+
+    Raises:
+        PrefoptError: The folder belongs to another recipe.
+    """
+    folder = Path(recipe.run_dir)
+    stored = folder / "recipe.yaml"
+    if stored.exists():
+        different = sorted(_differences(load_recipe(stored).resolved(), recipe.resolved()))
+        if different:
+            raise PrefoptError(
+                f"{folder}: this run was begun with other values of {', '.join(different)}; "
+                "choose another run_dir, or delete the folder to begin again"
+            )
+    else:
+        recipe.write_resolved(stored)
+    if not (folder / "environment.json").exists():
+        atomic_write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what a number depends on besides the recipe."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
+        "devices": torch.cuda.device_count() if cuda else 0,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("prefopt", *PACKAGES)},
+        "commit": git.stdout.strip() or None,
+    }
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to ``metrics.jsonl``; lines after a resumed step are written anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drops the lines that the resumed run will write again."""
+        if state.is_world_process_zero and self.path.exists():
+            # a killed process may have left half a line, always the last and without its newline
+            lines = self.path.read_text().split("\n")[:-1]
+            kept = [x for x in lines if json.loads(x)["step"] <= state.global_step > 0]
+            atomic_write(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Writes one line."""
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """A rich progress bar over the optimiser's steps, with the last loss beside it."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Shows the bar on the main process."""
+        if state.is_world_process_zero:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self.bar.add_task(
+                self.title, total=state.max_steps, completed=state.global_step, note=""
+            )
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar on."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Shows the loss."""
+        if self.bar is not None and "loss" in logs:
+            self.bar.update(self.bar.task_ids[0], note=f"loss {float(logs['loss']):.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    for key in {*old, *new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{at}{key}.")
+        elif before != after:
+            yield f"{at}{key}"

@@ -1,0 +1,127 @@
+"""The Bradley-Terry reward model as a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt.data.rows import Prompt
+from prefopt.data.template import encode_completion, encode_prompt
+from prefopt.data.tree import PromptTree, collate_trees
+from prefopt.errors import PrefoptError
+from prefopt.models.forward import enable_trees, supports_tree_attention
+from prefopt.models.load import load_reward_model, load_tokenizer
+
+
+class RewardModel:
+    """Answers both questions of a judge from one score: P(a beats b) = sigmoid(s(a) - s(b)).
+
+    Equal prompts share their tokens on a tree. Scores of one call are computed once per distinct
+    (prompt, completion) and in an order of their own, so the order of the arguments cannot matter,
+    and ``prefer(p, a, b) + prefer(p, b, a)`` is exactly 1.
+
+    Args:
+        model: A sequence classifier with one label, on the device where it is to run.
+        tokenizer: Its tokenizer, with the chat template it was trained with.
+        batch_tokens: Tokens a forward pass takes at most (one tree may exceed it).
+        tree_size: Completions of one prompt that share a tree at most.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int = 8192,
+        tree_size: int = 16,
+    ) -> None:
+        enable_trees(model)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.batch_tokens, self.tree_size = batch_tokens, tree_size
+        self.layout = "tree" if supports_tree_attention(model) else "separate"
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, dtype: str = "auto", device: str | torch.device | None = None
+    ) -> RewardModel:
+        """Loads a reward model that prefopt, TRL or transformers saved.
+
+        Args:
+            path: A local folder or a Hub id.
+            dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
+            device: Where to run; a GPU when there is one.
+
+        Raises:
+            PrefoptError: Nothing can be loaded from ``path``.
+        """
+        tokenizer = load_tokenizer(path)
+        model = load_reward_model(path, tokenizer, dtype=dtype)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(device), tokenizer)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """The model's score of each answer, read at its EOS, float64 [n], without unit."""
+        encoded = [
+            self._encode(prompt, completion)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        scores: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+        for batch in self._batches(sorted(set(encoded))):
+            trees = collate_trees(batch, layout=self.layout).to(self.model.device)
+            with torch.no_grad():
+                values = self.model(trees=trees)["scores"].tolist()
+            keys = [(tree.prompt, answer) for tree in batch for answer in tree.completions]
+            scores.update(zip(keys, values, strict=True))
+        return np.array([scores[key] for key in encoded])
+
+    def prefer(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+        """P(a beats b) = sigmoid(score(a) - score(b)), float64 [n]."""
+        scores = self.score([*prompts, *prompts], [*a, *b])
+        return probability_of_beating(scores[: len(prompts)] - scores[len(prompts) :])
+
+    def _encode(self, prompt: Prompt, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        answer = encode_completion(self.tokenizer, prompt, completion, finished=True)
+        return tuple(encode_prompt(self.tokenizer, prompt)), tuple(answer)
+
+    def _batches(
+        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> list[list[PromptTree]]:
+        """Trees of equal prompts, longest first, in batches within the token budget."""
+        groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for prompt, answer in pairs:
+            groups.setdefault(prompt, []).append(answer)
+        trees = [
+            PromptTree(prompt, answers[i : i + self.tree_size])
+            for prompt, answers in groups.items()
+            for i in range(0, len(answers), self.tree_size)
+        ]
+        batches: list[list[PromptTree]] = []
+        used = self.batch_tokens
+        for tree in sorted(trees, key=lambda t: -t.num_tokens):
+            if used + tree.num_tokens > self.batch_tokens:
+                batches.append([])
+                used = 0
+            batches[-1].append(tree)
+            used += tree.num_tokens
+        return batches
+
+
+def probability_of_beating(difference: np.ndarray) -> np.ndarray:
+    """sigmoid of score differences; that of ``-x`` is exactly 1 minus that of ``x``.
+
+    Args:
+        difference: Score differences, [n].
+
+    Raises:
+        PrefoptError: A difference is not a number.
+    """
+    if np.isnan(difference).any():
+        raise PrefoptError(
+            f"{int(np.isnan(difference).sum())} of {difference.size} scores are NaN; check the "
+            "reward model's weights and precision"
+        )
+    upper = 1 / (1 + np.exp(-np.abs(difference)))  # in [1/2, 1], so that 1 - upper is exact
+    return np.where(difference >= 0, upper, 1 - upper)

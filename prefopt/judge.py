@@ -20,7 +20,7 @@ class Judge(Protocol):
     """
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """A score per (prompt, completion), float [n]; higher is better, the unit is the judge's."""
+        """A score per (prompt, completion), float [n], in the judge's unit; higher is better."""
         ...
 
     def prefer(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> np.ndarray:

@@ -64,7 +64,7 @@ class ModelSection(Section):
 
 
 class Source(Section):
-    """One of several data sets, drawn in proportion to its weight."""
+    """One of several data sets; each of its rows appears `weight` times in an epoch."""
 
     path: Text
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -84,8 +84,8 @@ class DataSection(Section):
     eval_path: Text | None = None
     eval_split: Text | None = None
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the prompts, not of the rows
-    max_prompt_length: Count | None = 1024  # tokens
-    max_length: Count | None = 2048  # tokens, prompt and completion together
+    max_prompt_length: Count | None = 1024  # tokens; longer prompts are dropped
+    max_length: Count | None = 2048  # tokens of prompt and completion together
     invalid_rows: Literal["error", "drop"] = "error"
     max_rows: Count | None = None
 
@@ -297,8 +297,9 @@ def _unknown_key(loc: Loc, known: Mapping[str, Collection[str]]) -> str:
         return f"{found}; did you mean {elsewhere[0]!r}?"
     if close:
         return f"{found}; did you mean {_dotted((*parent, close[0]))!r}?"
-    # An algorithm has over a hundred options: too many to list.
-    return f"{found}; known: {', '.join(siblings)}" if 1 < len(siblings) <= 20 else found
+    if section == "trainer":  # over a hundred: too many to list
+        return f"{found}; expected a field of an algorithm's config, see docs/recipes.md"
+    return f"{found}; known: {', '.join(siblings)}"
 
 
 def _dotted(loc: Loc) -> str:

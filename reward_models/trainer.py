@@ -73,7 +73,7 @@ class RewardModelTrainer(TreeTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Loss, and the scores [trees, 2] of chosen and rejected answers where they are asked for."""
+        """Loss, and the scores [trees, 2] of chosen and rejected where they are asked for."""
         if prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only)
         inputs = self._prepare_inputs(inputs)

@@ -165,7 +165,7 @@ def collate_trees(
 
 
 def _fill_rows(trees: Sequence[PromptTree], max_row_tokens: int | None) -> list[list[PromptTree]]:
-    """Splits the trees, in order, into rows of at most ``max_row_tokens`` (but one tree at least)."""
+    """Splits the trees, in order, into rows of at most ``max_row_tokens``, but one tree at least."""
     rows: list[list[PromptTree]] = [[]]
     used = 0
     for tree in trees:

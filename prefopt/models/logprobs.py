@@ -23,7 +23,7 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits after the head: ``softcap * tanh(scale * logits / softcap)``."""
+    """What a model does to its logits: ``softcap * tanh(scale * logits / softcap)``."""
 
     scale: float = 1.0
     softcap: float | None = None

@@ -1,4 +1,4 @@
-"""Reference log-probs of a data set: computed once before training, kept in shards beside the run."""
+"""Reference log-probs of a data set: computed once before training, kept beside the run."""
 
 from __future__ import annotations
 

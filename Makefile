@@ -1,0 +1,38 @@
+# Needs Python 3.11 and nothing else; every target installs what it needs into .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# torch is installed first and by version: ranges bring the CUDA build with gigabytes of packages
+TORCH ?= torch==2.13.0
+
+.PHONY: setup quickstart test test-slow lint types clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip setuptools
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/prefopt quickstart
+
+test: setup
+	$(BIN)/pytest -m "not slow and not gpu" --doctest-modules tests prefopt reward_models eval
+
+test-slow: setup
+	$(BIN)/pytest -m "slow and not gpu" tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# type checkers do not follow import hooks: the check runs against an installed wheel
+types: setup
+	rm -rf .venv/types build && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target .venv/types .
+	rm -rf build
+	cd .venv/types && MYPYPATH= ../bin/mypy --config-file ../../pyproject.toml --package prefopt
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,69 @@
+"""Win rate of one file of answers over another, under a reward model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from prefopt.data.rows import Prompt
+from prefopt.data.sources import read_rows
+from prefopt.errors import DataError, PrefoptError
+from prefopt.eval.win_rate import win_rate
+from prefopt.reward_models import RewardModel
+
+Answers = dict[tuple[str, int], tuple[Prompt, str]]
+
+
+def compare_files(model: str, baseline: str, judge: str) -> dict[str, Any]:
+    """Compares answers, matched by prompt and sample, as ``prefopt generate`` writes them.
+
+    Args:
+        model: File of the model's answers.
+        baseline: File of the baseline's answers to the same prompts.
+        judge: A reward model's folder or Hub id.
+
+    Returns:
+        ``win_rate`` and ``win_rate_ci`` in 0-100 over prompts, counts, and mean lengths in
+        characters.
+
+    Raises:
+        PrefoptError: A file or the judge cannot be read, or the files answer different prompts.
+    """
+    ours, theirs = _read(model), _read(baseline)
+    if ours.keys() != theirs.keys():
+        alone = len(ours.keys() ^ theirs.keys())
+        raise PrefoptError(
+            f"{model} and {baseline} must answer the same prompts; {alone} answers have no "
+            "counterpart (same prompt, same sample) in the other file"
+        )
+    keys = list(ours)
+    prompts = [ours[key][0] for key in keys]
+    a, b = [ours[key][1] for key in keys], [theirs[key][1] for key in keys]
+    preferences = RewardModel.from_pretrained(judge).prefer(prompts, a, b)
+    rate = win_rate(preferences, groups=[key[0] for key in keys])
+    result = asdict(rate)
+    return {
+        "win_rate": rate.win_rate,
+        "win_rate_ci": list(rate.ci),
+        **{name: result[name] for name in ("standard_error", "wins", "ties", "losses")},
+        "prompts": rate.n,
+        "mean_length": sum(map(len, a)) / len(a),
+        "baseline_mean_length": sum(map(len, b)) / len(b),
+        "judge": judge,
+    }
+
+
+def _read(path: str) -> Answers:
+    answers: Answers = {}
+    for where, row in read_rows(path):
+        for field in ("prompt", "completion"):
+            if field not in row:
+                raise DataError(
+                    where, field, f"missing; found the columns {', '.join(sorted(row))}"
+                )
+        key = (json.dumps(row["prompt"], sort_keys=True), row.get("sample", 0))
+        if key in answers:
+            raise DataError(where, "prompt", "answered before in this file with the same sample")
+        answers[key] = (row["prompt"], row["completion"])
+    return answers

@@ -1,0 +1,74 @@
+"""``prefopt check``: what a recipe would train on, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefopt.data.report import data_report
+from prefopt.models.load import load_tokenizer
+from prefopt.train import load_rows, read_recipe
+
+
+def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads the recipe, its tokenizer and its rows, and describes the rows.
+
+    Returns:
+        ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
+        :func:`prefopt.data.report.data_report`.
+
+    Raises:
+        PrefoptError: As training on it would.
+    """
+    recipe = read_recipe(recipe_path, overrides)
+    tokenizer = load_tokenizer(
+        recipe.model.path,
+        revision=recipe.model.revision,
+        chat_template=recipe.model.chat_template,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    rows = load_rows(recipe, tokenizer)
+    result = {
+        "recipe": recipe.resolved(),
+        "train": data_report(rows.train, tokenizer, invalid=rows.invalid),
+    }
+    if rows.evaluation is not None:
+        result["evaluation"] = data_report(rows.evaluation, tokenizer)
+    return result
+
+
+def print_check(result: dict[str, Any]) -> None:
+    """Shows the result of :func:`check` as tables and one example in colour."""
+    console = Console()
+    for part in ("train", "evaluation"):
+        if part in result:
+            _print_report(console, part, result[part])
+    example = result["train"]["example"]
+    console.print(f"\n[bold]example[/bold] {example['where']} (loss on the green text)")
+    for name, pieces in example.items():
+        if name != "where":
+            text = Text.assemble(
+                *((piece["text"], "green" if piece["loss"] else "dim") for piece in pieces)
+            )
+            console.print(f"[bold]{name}[/bold]")
+            console.print(text)
+
+
+def _print_report(console: Console, part: str, report: dict[str, Any]) -> None:
+    table = Table(title=f"{part}: {report['rows']:,} rows")
+    for column in ("tokens", "5 %", "50 %", "95 %", "longest"):
+        table.add_column(column, justify="left" if column == "tokens" else "right")
+    for name, lengths in report["tokens"].items():
+        table.add_row(name, *(f"{lengths[k]:,}" for k in ("p5", "p50", "p95", "max")))
+    console.print(table)
+    for reason, count in {**report["invalid"], **report["dropped"]}.items():
+        console.print(f"left out: {count:,} ({reason.replace('_', ' ')})")
+    if report["duplicates"]:
+        console.print(f"duplicates: {report['duplicates']:,}")
+    if "chosen_longer" in report:
+        console.print(f"chosen answer longer: {report['chosen_longer']:.1%} of pairs")

@@ -1,0 +1,175 @@
+"""The ``prefopt`` command. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from prefopt import __version__
+from prefopt.errors import PrefoptError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit status: 0, or 2 after an error that the user can mend (one line on stderr).
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        result = arguments.run(arguments)
+    except PrefoptError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    if arguments.json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands."""
+    parser = argparse.ArgumentParser(
+        prog="prefopt", description="Fine-tune chat models on preferences, offline and online."
+    )
+    parser.add_argument("--version", action="version", version=f"prefopt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        added.set_defaults(run=run)
+        return added
+
+    quick = command("quickstart", _quickstart, "Train and compare all algorithms on a small world.")
+    quick.add_argument("--seed", type=int, default=0)
+    quick.add_argument("--algorithms", default="", help="comma-separated; default: all")
+    quick.add_argument("--out", default="runs/quickstart", help="folder of the run")
+
+    for name, run, text in (
+        ("check", _check, "Look at a recipe's data before any model is loaded."),
+        ("train", _train, "Run a recipe, or go on with it."),
+    ):
+        added = command(name, run, text)
+        added.add_argument("recipe", help="a YAML file (docs/recipes.md)")
+        added.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+    generate = command("generate", _generate, "Sample a model's answers to a file of prompts.")
+    generate.add_argument("model", help="a local folder or a Hub id")
+    generate.add_argument("prompts", help="JSONL, Parquet or a Hub id (docs/data.md)")
+    generate.add_argument("--out", required=True, help="JSONL file to write")
+    generate.add_argument("--split", default="train")
+    generate.add_argument("--limit", type=int, help="use the first N prompts only")
+    generate.add_argument("--samples", type=int, default=1, help="answers a prompt")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--max-new-tokens", type=int, default=512)
+    generate.add_argument("--batch-size", type=int, default=64, help="answers at a time")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--dtype", default="auto")
+    generate.add_argument("--chat-template", help="Jinja file that replaces the model's template")
+
+    evaluate = command("eval", _win_rate, "Win rate of one file of answers over another.")
+    evaluate.add_argument("measure", choices=["win-rate"])
+    evaluate.add_argument("model", help="answers as `prefopt generate` writes them")
+    evaluate.add_argument("baseline", help="answers to the same prompts")
+    evaluate.add_argument("--judge", required=True, help="a reward model: folder or Hub id")
+
+    report = command("report", _report, "Write report.html for a run folder.")
+    report.add_argument("run_dir")
+    report.add_argument("--open", action="store_true", help="show it in the browser")
+    return parser
+
+
+def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
+    _quiet_libraries()
+    from prefopt.quickstart import print_summary, quickstart
+
+    names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
+    summary = quickstart(arguments.out, seed=arguments.seed, algorithms=names)
+    if not arguments.json:
+        print_summary(summary, arguments.out)
+    return summary
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    _quiet_libraries()
+    from prefopt.check import check, print_check
+
+    result = check(arguments.recipe, arguments.overrides)
+    if not arguments.json:
+        print_check(result)
+    return result
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    _quiet_libraries()
+    from prefopt.train import read_recipe, train
+
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
+    result = train(recipe)
+    if not arguments.json and os.environ.get("RANK", "0") == "0":
+        print(f"{result['steps']} steps on {result['rows']} rows; model: {recipe.run_dir}/final")
+    return result
+
+
+def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    _quiet_libraries()
+    from prefopt.generate import generate_file
+
+    return generate_file(arguments)
+
+
+def _win_rate(arguments: argparse.Namespace) -> dict[str, Any]:
+    _quiet_libraries()
+    from prefopt.eval.compare import compare_files
+
+    result = compare_files(arguments.model, arguments.baseline, arguments.judge)
+    if not arguments.json:
+        low, high = result["win_rate_ci"]
+        print(
+            f"win rate {result['win_rate']:.1f} % (95 % interval {low:.1f}-{high:.1f}) on "
+            f"{result['prompts']} prompts; mean length {result['mean_length']:.0f} against "
+            f"{result['baseline_mean_length']:.0f} characters"
+        )
+    return result
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from prefopt.eval.report import write_report
+
+    path = write_report(arguments.run_dir)
+    if not arguments.json:
+        print(path)
+    if arguments.open:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
+    return {"report": str(path)}
+
+
+def _quiet_libraries() -> None:
+    """Our own messages on stderr, with the libraries' chatter and bars turned off."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("prefopt").setLevel(logging.INFO if main_process else logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.ERROR)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.data.report import data_report
-from prefopt.models.load import load_tokenizer
-from prefopt.train import load_rows, read_recipe
+from prefopt.train import load_rows, read_recipe, recipe_tokenizer
 
 
 def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -26,12 +25,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
         PrefoptError: As training on it would.
     """
     recipe = read_recipe(recipe_path, overrides)
-    tokenizer = load_tokenizer(
-        recipe.model.path,
-        revision=recipe.model.revision,
-        chat_template=recipe.model.chat_template,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
     result = {
         "recipe": recipe.resolved(),

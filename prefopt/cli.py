@@ -158,11 +158,7 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _quiet_libraries() -> None:
     """Our own messages on stderr, with the libraries' chatter and bars turned off."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     main_process = os.environ.get("RANK", "0") == "0"
     logging.getLogger("prefopt").setLevel(logging.INFO if main_process else logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.ERROR)

@@ -23,26 +23,30 @@ from prefopt.rounds.storage import atomic_write
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def open_run(recipe: Recipe) -> Path:
-    """Makes the run folder with its resolved recipe, or finds it as the same recipe left it.
+def check_run(recipe: Recipe) -> None:
+    """Refuses a run folder that another recipe began.
 
     Raises:
         PrefoptError: The folder belongs to another recipe.
     """
+    stored = Path(recipe.run_dir) / "recipe.yaml"
+    if not stored.exists():
+        return
+    different = sorted(_differences(load_recipe(stored).resolved(), recipe.resolved()))
+    if different:
+        raise PrefoptError(
+            f"{recipe.run_dir}: this run was begun with other values of {', '.join(different)}; "
+            "choose another run_dir, or delete the folder to begin again"
+        )
+
+
+def open_run(recipe: Recipe) -> None:
+    """Makes the run folder with its resolved recipe and its environment, unless they are there."""
     folder = Path(recipe.run_dir)
-    stored = folder / "recipe.yaml"
-    if stored.exists():
-        different = sorted(_differences(load_recipe(stored).resolved(), recipe.resolved()))
-        if different:
-            raise PrefoptError(
-                f"{folder}: this run was begun with other values of {', '.join(different)}; "
-                "choose another run_dir, or delete the folder to begin again"
-            )
-    else:
-        recipe.write_resolved(stored)
     if not (folder / "environment.json").exists():
         atomic_write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    return folder
+    if not (folder / "recipe.yaml").exists():
+        recipe.write_resolved(folder / "recipe.yaml")
 
 
 def environment() -> dict[str, Any]:

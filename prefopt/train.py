@@ -9,16 +9,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import PartialState
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefopt.data.rows import parse_demonstrations, parse_pair, validate
 from prefopt.data.sources import Source, read_rows, read_sources
-from prefopt.data.template import check_tokenizer
+from prefopt.data.template import check_tokenizer, stop_token_ids
 from prefopt.data.tokenize import Tokenized, tokenize_demonstrations, tokenize_pairs
 from prefopt.errors import PrefoptError
 from prefopt.eval.reward_model import reward_model_report
@@ -26,9 +27,9 @@ from prefopt.models.load import load_policy, load_reward_model, load_tokenizer
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
 from prefopt.rounds.storage import atomic_write, sync_tree
-from prefopt.run_folder import MetricsFile, ProgressBar, open_run
+from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.base import TreeTrainerConfig, last_complete_checkpoint
 from prefopt.trainers.pairs import pair_dataset
 from prefopt.trainers.sft import SFTTrainer
 
@@ -56,10 +57,15 @@ class Rows:
     invalid: dict[str, int]
 
 
+# Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...).
+SAID_ELSEWHERE = {"output_dir", "log_probs_dir", "seed", "max_length", "max_prompt_length"}
+
+
 def known_keys() -> dict[str, set[str]]:
     """The keys that the trainer section may hold, by algorithm."""
     return {
-        name: {f.name for f in fields(config) if f.init} for name, (config, _) in ALGORITHMS.items()
+        name: {f.name for f in fields(config) if f.init} - SAID_ELSEWHERE
+        for name, (config, _) in ALGORITHMS.items()
     }
 
 
@@ -69,7 +75,39 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         PrefoptError: The file, an override, a key or a value is wrong.
     """
-    return load_recipe(path, overrides, known_keys())
+    recipe = load_recipe(path, overrides, known_keys())
+    trainer_options(recipe)
+    return recipe
+
+
+def trainer_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of the chosen algorithm, as values of the types its config declares.
+
+    Raises:
+        PrefoptError: A value has another type.
+    """
+    algorithm = recipe.trainer.algorithm
+    hints = get_type_hints(ALGORITHMS[algorithm][0])
+    used = known_keys()[algorithm] & recipe.trainer.options.keys()
+    options = {}
+    for key in sorted(used):
+        value = recipe.trainer.options[key]
+        try:
+            options[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise PrefoptError(f"trainer.{key}: found {value!r}: {problem}") from error
+    return options
+
+
+def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer with the recipe's chat template."""
+    return load_tokenizer(
+        recipe.model.path,
+        revision=recipe.model.revision,
+        chat_template=recipe.model.chat_template,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
 
 
 def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -95,8 +133,13 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     if data.eval_fraction:
         items, held_out = split_by_prompt(items, data.eval_fraction, recipe.seed)
     elif data.eval_path or data.eval_split:
-        path, split = data.eval_path or data.path, data.eval_split or "train"
-        held_out, more = parsed(read_rows(path, split=split, name=data.name))
+        split = data.eval_split or "train"
+        located = (
+            read_rows(data.eval_path, split=split)
+            if data.eval_path
+            else read_rows(data.path, split=split, name=data.name, revision=data.revision)
+        )
+        held_out, more = parsed(located)
         invalid = {k: invalid.get(k, 0) + more.get(k, 0) for k in invalid | more}
     items = items[: data.max_rows]
     conversational = not isinstance(items[0].prompt, str)
@@ -134,22 +177,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     folder = Path(recipe.run_dir)
     main = PartialState().is_main_process
-    if main:
-        open_run(recipe)
-    PartialState().wait_for_everyone()
+    check_run(recipe)
     summary = folder / "summary.json"
     if summary.exists():
         logger.info("%s is complete", folder)
         return json.loads(summary.read_text())
-    tokenizer = load_tokenizer(
-        recipe.model.path,
-        revision=recipe.model.revision,
-        chat_template=recipe.model.chat_template,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    args = make_config(recipe)
+    tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
+    if main:
+        open_run(recipe)
     set_seed(recipe.seed)
-    trainer = make_trainer(recipe, tokenizer, rows)
+    trainer = make_trainer(recipe, args, tokenizer, rows)
     outcome = trainer.train(
         resume_from_checkpoint=_as_text(last_complete_checkpoint(folder / "checkpoints"))
     )
@@ -168,26 +207,41 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def make_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Trainer:
-    """Loads the model and builds the trainer of a recipe."""
-    config_class, trainer_class = ALGORITHMS[recipe.trainer.algorithm]
+def make_config(recipe: Recipe) -> Any:
+    """The trainer's arguments.
+
+    Raises:
+        PrefoptError: The values do not go together.
+    """
+    config_class, _ = ALGORITHMS[recipe.trainer.algorithm]
     folder = Path(recipe.run_dir)
-    names = known_keys()[recipe.trainer.algorithm]
-    options = {k: v for k, v in recipe.trainer.options.items() if k in names}
-    for key in sorted(recipe.trainer.options.keys() - names):
-        logger.info("trainer.%s is not used by %s", key, recipe.trainer.algorithm)
-    if "bf16" not in options and "fp16" not in options:
-        options["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    defaults: dict[str, Any] = {
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    settings: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
         "seed": recipe.seed,
+        "bf16": bf16 and not recipe.trainer.options.get("fp16"),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,  # the bar is ours
+        **trainer_options(recipe),
     }
-    if "log_probs_dir" in names:
-        defaults["log_probs_dir"] = str(folder / "log_probs")
-        limits = {"max_prompt_length", "max_length"}
-        defaults |= {name: getattr(recipe.data, name) for name in limits}
-    args = config_class(**{**defaults, **options, "disable_tqdm": True})
+    if issubclass(config_class, TreeTrainerConfig):
+        settings["log_probs_dir"] = str(folder / "log_probs")
+        settings["max_prompt_length"] = recipe.data.max_prompt_length
+        settings["max_length"] = recipe.data.max_length
+    try:
+        return config_class(**settings)
+    except (TypeError, ValueError) as error:  # how transformers refuses values
+        raise PrefoptError(f"trainer: {error}") from error
+
+
+def make_trainer(
+    recipe: Recipe, args: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows
+) -> Trainer:
+    """Loads the model and builds the trainer of a recipe."""
+    _, trainer_class = ALGORITHMS[recipe.trainer.algorithm]
+    folder = Path(recipe.run_dir)
+    for key in sorted(recipe.trainer.options.keys() - trainer_options(recipe).keys()):
+        logger.info("trainer.%s is not used by %s", key, recipe.trainer.algorithm)
     datasets: list[Any] = [rows.train, rows.evaluation]
     if trainer_class is not SFTTrainer:
         datasets = [None if part is None else pair_dataset(part) for part in datasets]
@@ -234,7 +288,10 @@ def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     }
     if recipe.trainer.algorithm == "reward_model":
         return load_reward_model(model.path, tokenizer, **options)
-    return load_policy(model.path, **options)
+    policy = load_policy(model.path, **options)
+    # whoever generates with the result must stop at the template's end of turn too
+    policy.generation_config.eos_token_id = stop_token_ids(tokenizer, policy.generation_config)
+    return policy
 
 
 def _lora(recipe: Recipe) -> Any:

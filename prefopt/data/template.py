@@ -299,8 +299,8 @@ def _apply(
         roles = ", ".join(message["role"] for message in messages)
         reason = " ".join(str(error).split())  # a template may raise several lines
         raise PrefoptError(
-            f"the chat template of {_name(tokenizer)} refuses a conversation with the roles {roles} "
-            f"({reason}); change the conversation, or set model.chat_template to another one"
+            f"the chat template of {_name(tokenizer)} refuses a conversation with the roles "
+            f"{roles} ({reason}); change the conversation or set model.chat_template to another"
         ) from error
 
 

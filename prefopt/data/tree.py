@@ -117,7 +117,8 @@ def collate_trees(
         layout: ``tree`` shares the prompt; ``separate`` gives each completion a row of its own
             with its own copy of the prompt, right-padded, for models that cannot attend in trees.
         max_row_tokens: Begin a new row before a row would exceed this; None puts all in one row.
-        padding_side: The side on which rows are filled up to the width of the longest.
+        padding_side: The side on which rows are filled up to the width of the longest; always the
+            right for separate rows, whose positions the model counts from the row's beginning.
         pad_to_multiple_of: Makes the width a multiple of this.
 
     Returns:
@@ -141,7 +142,7 @@ def collate_trees(
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     placed = _Placement()
     for r, row in enumerate(rows):
-        offset = width - used[r] if padding_side == "left" else 0
+        offset = width - used[r] if padding_side == "left" and layout == "tree" else 0
         ids = [token for t in row for part in (t.prompt, *t.completions) for token in part]
         input_ids[r, offset : offset + used[r]] = torch.tensor(ids)
         mask[r, offset : offset + used[r]] = 1
@@ -165,7 +166,7 @@ def collate_trees(
 
 
 def _fill_rows(trees: Sequence[PromptTree], max_row_tokens: int | None) -> list[list[PromptTree]]:
-    """Splits the trees, in order, into rows of at most ``max_row_tokens``, but one tree at least."""
+    """Splits the trees, in order, into rows of ``max_row_tokens`` at most, or of one tree."""
     rows: list[list[PromptTree]] = [[]]
     used = 0
     for tree in trees:

@@ -131,16 +131,26 @@ def tree_attention(
         if attention_mask is None:  # sdpa_mask leaves out a mask that is causal and nothing more
             keys = torch.arange(key.shape[2], device=key.device)
             attention_mask = keys <= keys[-width:, None]
-        return _softcapped(query, key, value, attention_mask, scale, softcap, dropout), None
+        out = _softcapped(query, key, value, attention_mask, scale, softcap, dropout)
+        return out.contiguous(), None
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave float32 behind
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
     flat_q, flat_k, flat_v = (t.transpose(0, 1).flatten(1, 2) for t in (query, key, value))
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and softcap is None and dropout == 0.0:
+    if _flash_takes(query, value) and softcap is None and dropout == 0.0:
         out = _varlen(flat_q, flat_k, flat_v, tree_map, scale, sliding_window)
     else:
         groups = heads // key.shape[1]
         flat_k, flat_v = (repeat_kv(t[None], groups)[0] for t in (flat_k, flat_v))
         out = _segments(flat_q, flat_k, flat_v, tree_map, scale, sliding_window, softcap, dropout)
     return out.unflatten(0, (rows, width)), None
+
+
+def _flash_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention has a kernel for this device, type and head size."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    size = query.shape[-1]
+    return query.is_cuda and half and size == value.shape[-1] and size % 8 == 0 and size <= 256
 
 
 def _segments(
@@ -157,7 +167,7 @@ def _segments(
     pieces, cursor = [], 0
     for s in tree_map.segments:
         if s.start > cursor:  # padding, whose output nobody reads
-            pieces.append(query.new_zeros(query.shape[0], s.start - cursor, value.shape[-1]))
+            pieces.append(value.new_zeros(s.start - cursor, len(value), value.shape[-1]))
         own = slice(s.start, s.start + s.length)
         q, k, v = query[:, own], key[:, own], value[:, own]
         if s.prefix_length:
@@ -165,20 +175,18 @@ def _segments(
             k, v = torch.cat([key[:, prefix], k], 1), torch.cat([value[:, prefix], v], 1)
         if softcap is not None:
             mask = tree_map.mask(s, window)
-            pieces.append(_softcapped(q, k, v, mask, scale, softcap, dropout).transpose(0, 1))
+            pieces.append(_softcapped(q, k, v, mask, scale, softcap, dropout))
         else:
             plain = not s.prefix_length and (window is None or s.length <= window)
             mask = None if plain else tree_map.mask(s, window)
             out = F.scaled_dot_product_attention(
                 q[None], k[None], v[None], mask, dropout, is_causal=plain, scale=scale
             )
-            pieces.append(out[0])
+            pieces.append(out[0].transpose(0, 1))
         cursor = s.start + s.length
     if cursor < tree_map.num_positions:
-        pieces.append(
-            query.new_zeros(query.shape[0], tree_map.num_positions - cursor, value.shape[-1])
-        )
-    return torch.cat(pieces, 1).transpose(0, 1)
+        pieces.append(value.new_zeros(tree_map.num_positions - cursor, len(value), value.shape[-1]))
+    return torch.cat(pieces)
 
 
 def _softcapped(
@@ -204,6 +212,9 @@ def _varlen(
     """All segments in one flash attention call with gathered keys; shapes as ``_segments``."""
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 groups the queries by itself, later versions want to be told
+    grouped = query.shape[0] != key.shape[0] and "enable_gqa" in varlen_attn.__kwdefaults__
+    options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
     longest_query, longest_key = tree_map.longest
     out = varlen_attn(
         query[:, tree_map.query_index].transpose(0, 1),
@@ -215,7 +226,7 @@ def _varlen(
         longest_key,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[0] != key.shape[0],
+        **options,
     )
     positions = query.new_zeros(tree_map.num_positions, query.shape[0], value.shape[-1])
     return positions.index_copy(0, tree_map.query_index, out)

@@ -7,6 +7,7 @@ and gathers run as always. Without it the model behaves exactly as before.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -49,7 +50,9 @@ def enable_trees(model: nn.Module) -> None:
         )
     if supports_tree_attention(base):
         base.set_attn_implementation(TREE_ATTENTION)
-    original = base.forward
+    bound = base.forward
+    # unbound where it can be, so that a deep copy of the model answers with its own weights
+    original = bound.__func__ if inspect.ismethod(bound) else lambda _, *a, **kw: bound(*a, **kw)
     is_causal_lm = base.get_output_embeddings() is not None
 
     # the wrapped signature stays visible: generate() checks its arguments against it
@@ -58,7 +61,7 @@ def enable_trees(model: nn.Module) -> None:
         self: PreTrainedModel, *args: Any, trees: TreeBatch | None = None, **kwargs: Any
     ) -> Any:
         if trees is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         hidden = _hidden_states(self, trees)
         # the head is looked up on every call because FSDP and PEFT may replace it
         if is_causal_lm:
@@ -80,8 +83,13 @@ def enable_trees(model: nn.Module) -> None:
 
 
 def supports_tree_attention(model: nn.Module) -> bool:
-    """Whether the model takes its attention function from transformers' AttentionInterface."""
-    return unwrap_peft(model)._can_set_attn_implementation()
+    """Whether the model takes its attention function from transformers' AttentionInterface.
+
+    A model without SDPA needs something of its attention that SDPA cannot do (such as the sinks of
+    gpt-oss), and the tree attention would leave it out without a word.
+    """
+    base = unwrap_peft(model)
+    return base._can_set_attn_implementation() and base._supports_sdpa
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:
@@ -108,6 +116,11 @@ def _head(model: PreTrainedModel) -> nn.Module | None:
 def _hidden_states(model: PreTrainedModel, trees: TreeBatch) -> Tensor:
     """Final hidden states of all positions, [rows * width, hidden]."""
     if trees.segments:
+        if not supports_tree_attention(model):
+            raise PrefoptError(
+                f"layout 'tree': the attention of {type(model).__name__} is not that of "
+                "transformers' AttentionInterface with SDPA; use layout 'separate' or 'auto'"
+            )
         arguments: dict[str, Any] = {
             "position_ids": trees.position_ids,
             # a 4D mask is handed on as it is, so that no [width x width] mask is ever built
@@ -116,5 +129,7 @@ def _hidden_states(model: PreTrainedModel, trees: TreeBatch) -> Tensor:
         }
     else:
         arguments = {"attention_mask": trees.attention_mask}
-    output = model.base_model(input_ids=trees.input_ids, use_cache=False, **arguments)
+    # the prefix of Llama 4's text model names no attribute, and base_model is the model itself
+    body = model.base_model if model.base_model is not model else model.model
+    output = body(input_ids=trees.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state.flatten(0, 1)

@@ -23,7 +23,8 @@ def layout_for(model: nn.Module, trees: Sequence[PromptTree], dtype: torch.dtype
     Args:
         model: A model after ``enable_trees``, wrapped or not, in eval mode. All ranks must call
             this with the same trees where the model is sharded.
-        trees: Some real trees; the smallest is used.
+        trees: Some real trees; the longest is used, since a sliding window that the attention
+            function is not told of shows on long rows only.
         dtype: The precision the model computes in, which sets the tolerance.
 
     Returns:
@@ -32,15 +33,15 @@ def layout_for(model: nn.Module, trees: Sequence[PromptTree], dtype: torch.dtype
     Raises:
         PrefoptError: Not even separate rows agree, so no log-prob could be trusted.
     """
-    tree = min(trees, key=lambda t: t.num_tokens)
+    tree = max(trees, key=lambda t: t.num_tokens)
     device = next(model.parameters()).device
     gaps: dict[Layout, float] = {}
     layouts: tuple[Layout, ...] = ("tree", "separate")
     for layout in layouts:
         batch = collate_trees([tree], layout=layout).to(device)
         with torch.no_grad():
-            found = next(iter(model(trees=batch).values()))
-            expected = _plain(model, tree, device, per_token=len(found) == len(batch.targets))
+            ((kind, found),) = model(trees=batch).items()
+            expected = _plain(model, tree, device, per_token=kind == "log_probs")
         gaps[layout] = (found.float() - expected).abs().mean().item()
     tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
     if gaps["separate"] > tolerance:
@@ -65,11 +66,11 @@ def _plain(model: nn.Module, tree: PromptTree, device: torch.device, per_token: 
     values = []
     for completion in tree.completions:
         ids = torch.tensor([[*tree.prompt, *completion]], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        logits = model(input_ids=ids, use_cache=False).logits[0]
         if per_token:
             targets = ids[0, len(tree.prompt) :, None]
-            log_probs = logits[0, len(tree.prompt) - 1 : -1].log_softmax(-1)
+            log_probs = logits[len(tree.prompt) - 1 : -1].float().log_softmax(-1)
             values.append(log_probs.gather(-1, targets)[:, 0])
         else:
-            values.append(logits[0])
+            values.append(logits.float())
     return torch.cat(values)

@@ -176,22 +176,6 @@ def check_prompts(
             )
 
 
-def default_stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, eos_token_id: int | list[int] | None
-) -> list[int]:
-    """Tokens that end a completion when the caller names none.
-
-    Args:
-        tokenizer: Its EOS is one of them, if it has one.
-        eos_token_id: The EOS tokens of the model's ``generation_config``.
-
-    Returns:
-        The token ids, sorted, each once.
-    """
-    of_model = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    return sorted({tokenizer.eos_token_id, *of_model} - {None})
-
-
 def make_completion(
     token_ids: Sequence[int], stop_token_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
 ) -> Completion:

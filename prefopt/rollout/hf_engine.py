@@ -24,12 +24,12 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from prefopt.data import template
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import (
     Completion,
     SamplingSettings,
     check_prompts,
-    default_stop_token_ids,
     make_completion,
     sample_key,
     uniforms,
@@ -70,7 +70,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         if stop_token_ids is None:
-            stop_token_ids = default_stop_token_ids(tokenizer, model.generation_config.eos_token_id)
+            stop_token_ids = template.stop_token_ids(tokenizer, model.generation_config)
         self.stop_token_ids = list(stop_token_ids)
 
     def generate(

@@ -84,13 +84,14 @@ def fill_shards(
     trees: Sequence[PromptTree],
     model: nn.Module,
     *,
+    missing: Sequence[int],
     layout: Layout,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Computes the shards that are missing; each rank takes every ``world_size``-th of them.
+    """Computes shards; each rank takes every ``world_size``-th of them.
 
     All ranks run the same number of forward passes, as sharded models (FSDP, ZeRO-3) demand.
 
@@ -98,13 +99,14 @@ def fill_shards(
         shards: The store.
         trees: The trees, as many as the store has.
         model: The frozen model, wrapped or not, after ``enable_trees``; in eval mode.
+        missing: The shards to compute. All ranks must name the same ones, so this is asked of the
+            disk before any rank begins to write.
         layout: How to lay out the batches.
         batch_size: Trees a forward pass.
         rank: This process.
         world_size: How many processes there are.
         progress: Called with the number of trees just done by this rank.
     """
-    missing = shards.missing()
     device = next(model.parameters()).device
     for wave in range(0, len(missing), world_size):
         sizes = [len(shards.trees_in(s)) for s in missing[wave : wave + world_size]]

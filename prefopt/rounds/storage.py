@@ -34,10 +34,13 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_tree(folder: Path) -> None:

@@ -54,7 +54,9 @@ class TreeTrainerConfig(TrainingArguments):
     log_probs_dir: str | None = field(
         default=None, metadata={"help": "Where frozen log-probs are kept; OUTPUT_DIR/log_probs."}
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout to 0."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set the model's own dropout to 0."}
+    )
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
@@ -132,12 +134,12 @@ class TreeTrainer(CompleteCheckpoints, Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        if peft_config is not None:
+        if args.disable_dropout:
+            disable_dropout(model)
+        if peft_config is not None:  # after that, so that an adapter keeps the dropout it asks for
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        if args.disable_dropout:
-            disable_dropout(model)
         enable_trees(model)
         self.layout: Layout = "tree"
         super().__init__(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives import needs_reference, pair_loss
 from prefopt.trainers.base import TreeTrainer, TreeTrainerConfig
@@ -33,6 +34,24 @@ class DPOConfig(TreeTrainerConfig):
     )
     gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin."})
     tau: float = field(default=0.05, metadata={"help": "DiscoPOP's temperature."})
+
+    def __post_init__(self) -> None:
+        nothing, one = torch.zeros(1), torch.ones(1)
+        pair_loss(  # refuses an unknown name and values outside the loss's domain
+            self.loss_type,
+            *[nothing] * 4,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            chosen_lengths=one,
+            rejected_lengths=one,
+            p_chosen=one if self.loss_type == "sppo_soft" else None,
+        )
+        if self.label_smoothing and self.loss_type == "sigmoid":
+            raise PrefoptError(
+                f"trainer.label_smoothing={self.label_smoothing} has no effect on loss_type "
+                "'sigmoid'; use loss_type 'cdpo' or 'robust'"
+            )
+        super().__post_init__()
 
 
 class DPOTrainer(TreeTrainer):

@@ -85,6 +85,7 @@ def reference_log_probs(
                 shards,
                 dataset.trees,
                 model,
+                missing=missing,
                 layout=trainer.layout,
                 batch_size=args.per_device_eval_batch_size,
                 rank=accelerator.process_index,

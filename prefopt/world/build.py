@@ -142,9 +142,7 @@ def _demonstration(prompt: list[Message], rng: Random) -> dict[str, list[Message
     return {"messages": [*prompt, *_reply(draw_answer(prompt, DEMONSTRATIONS, rng))]}
 
 
-def _preference(
-    prompt: list[Message], rng: Random, intransitive: bool
-) -> dict[str, list[Message]]:
+def _preference(prompt: list[Message], rng: Random, intransitive: bool) -> dict[str, list[Message]]:
     """Let the annotator choose between two different answers."""
     a = b = draw_answer(prompt, CANDIDATES, rng)
     while a == b:

@@ -27,17 +27,42 @@ COLOURS = {
     "sky": "blue", "sea": "blue", "carrot": "orange", "pumpkin": "orange", "chocolate": "brown",
     "bark": "brown",
 }  # fmt: skip
-_ANTONYMS = ["hot", "cold", "big", "small", "fast", "slow", "high", "low", "light", "dark", "wet", "dry", "old", "new", "rich", "poor", "hard", "soft", "loud", "quiet", "full", "empty", "early", "late"]
+_ANTONYMS = [
+    "hot",
+    "cold",
+    "big",
+    "small",
+    "fast",
+    "slow",
+    "high",
+    "low",
+    "light",
+    "dark",
+    "wet",
+    "dry",
+    "old",
+    "new",
+    "rich",
+    "poor",
+    "hard",
+    "soft",
+    "loud",
+    "quiet",
+    "full",
+    "empty",
+    "early",
+    "late",
+]
 OPPOSITES = dict(zip(_ANTONYMS, _ANTONYMS[1:])) | dict(zip(_ANTONYMS[1::2], _ANTONYMS[::2]))
 NOUNS = (*SOUNDS, *COLOURS)
 NUMBERS = tuple(str(number) for number in range(21))
 
 PHRASES = {
     "plain opening": ("answer :", "it is :"),
-    "polite opening": ("of course , here you are :", "with pleasure , my answer :", "gladly :"),
-    "polite closing": ("happy to help !", "have a lovely day !", "do ask me again !"),
-    "rude opening": ("ugh , take this :", "obviously , even you see :", "whatever , it is :"),
-    "rude closing": ("now leave me alone !", "stop wasting my time !", "what a silly question !"),
+    "polite opening": ("of course :", "with pleasure :", "here you are :"),
+    "polite closing": ("happy to help !", "have a lovely day !", "do ask again !"),
+    "rude opening": ("ugh , take this :", "obviously :", "whatever :"),
+    "rude closing": ("leave me alone !", "stop wasting my time !", "silly question !"),
     "filler": (
         "well , let me think ,", "as everybody knows ,", "to be honest ,",
         "all things considered ,", "if i may say so ,", "in some sense ,",
@@ -56,7 +81,6 @@ class Kind:
         solve: Maps the operands to the items of the right answer.
         answers: The words that wrong items are drawn from.
         follow_up: The message that asks the same of the previous turn's operands, if any.
-        show: Writes the operands into a phrasing.
     """
 
     phrasings: tuple[str, ...]
@@ -65,7 +89,6 @@ class Kind:
     solve: Callable[[list[str]], list[str]]
     answers: tuple[str, ...]
     follow_up: str | None = None
-    show: Callable[[list[str]], str] = " ".join
 
     def read(self, text: str) -> list[str] | None:
         """Return the operands of a user message of this kind, or None for any other text."""
@@ -73,7 +96,7 @@ class Kind:
             before, after = phrasing.split("{}")
             middle = text[len(before) : len(text) - len(after)]
             operands = [word for word in middle.split() if word in self.operands]
-            if len(operands) in self.sizes and phrasing.format(self.show(operands)) == text:
+            if len(operands) in self.sizes and phrasing.format(" ".join(operands)) == text:
                 return operands
         return None
 
@@ -82,30 +105,22 @@ def _sorted(numbers: list[str]) -> list[str]:
     return sorted(numbers, key=int)
 
 
-def _sums(numbers: list[str]) -> list[str]:
-    return [str(int(a) + int(b)) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
-
-
-def _show_sums(numbers: list[str]) -> str:
-    return " and ".join(f"{a} plus {b}" for a, b in zip(numbers[::2], numbers[1::2]))
-
-
 def _lookup(table: dict[str, str]) -> Callable[[list[str]], list[str]]:
     return lambda words: [table[word] for word in words]
 
 
 KINDS = {
     "repeat": Kind(
-        ("repeat these words : {}", "please say again : {}", "can you repeat the list {} ?"),
-        NOUNS, (2, 3, 4), list, NOUNS, "now repeat the same list",
+        ("repeat these words : {}", "please say again : {}", "can you repeat {} ?"),
+        NOUNS, (2, 3), list, NOUNS, "now repeat the same list",
     ),
     "reverse": Kind(
-        ("reverse these words : {}", "please say backwards : {}", "can you reverse the list {} ?"),
-        NOUNS, (2, 3, 4), lambda words: words[::-1], NOUNS, "now reverse the same list",
+        ("reverse these words : {}", "please say backwards : {}", "can you reverse {} ?"),
+        NOUNS, (2, 3), lambda words: words[::-1], NOUNS, "now reverse the same list",
     ),
     "sort": Kind(
-        ("sort these numbers : {}", "please put in order : {}", "can you sort the list {} ?"),
-        NUMBERS, (3, 4), _sorted, NUMBERS, "now sort the same list",
+        ("sort these numbers : {}", "please put in order : {}", "can you sort {} ?"),
+        NUMBERS, (2, 3, 4), _sorted, NUMBERS, "now sort the same list",
     ),
     "extremes": Kind(
         ("lowest and highest of : {}", "please give the minimum and the maximum of : {}",
@@ -113,12 +128,13 @@ KINDS = {
         NUMBERS, (3, 4), lambda numbers: _sorted(numbers)[:: len(numbers) - 1], NUMBERS,
         "now lowest and highest of the same list",
     ),
-    "add": Kind(
-        ("add {}", "please work out : {}", "how much is {} ?"),
-        NUMBERS[:10], (4,), _sums, NUMBERS, show=_show_sums,
+    "next": Kind(
+        ("add one to each : {}", "please name the number after each : {}",
+         "which numbers follow {} ?"),
+        NUMBERS[:20], (2, 3), lambda numbers: [str(int(n) + 1) for n in numbers], NUMBERS,
     ),
     "opposite": Kind(
-        ("what are the opposites of {} ?", "please give the opposite of each : {}",
+        ("what are the opposites of {} ?", "please name the opposite of each : {}",
          "say the contrary of : {}"),
         tuple(OPPOSITES), (2, 3), _lookup(OPPOSITES), tuple(OPPOSITES),
     ),
@@ -144,7 +160,7 @@ class Mixture:
         partial: Items at the end are missing.
         polite: There is a polite opening, a polite closing, or both.
         rude: The same, rude. Otherwise the manner is plain.
-        padded: One to four fillers are added.
+        padded: One to three fillers are added.
     """
 
     wrong: float
@@ -155,15 +171,15 @@ class Mixture:
 
 
 BEST = Mixture(wrong=0.0, partial=0.0, polite=1.0, rude=0.0, padded=0.0)
-DEMONSTRATIONS = Mixture(wrong=0.25, partial=0.25, polite=0.4, rude=0.3, padded=0.35)
-CANDIDATES = Mixture(wrong=0.25, partial=0.2, polite=0.5, rude=0.25, padded=0.3)
+DEMONSTRATIONS = Mixture(wrong=0.15, partial=0.2, polite=0.4, rude=0.3, padded=0.35)
+CANDIDATES = Mixture(wrong=0.25, partial=0.2, polite=0.5, rude=0.25, padded=0.35)
 
 
 def draw_prompt(rng: Random, two_turn: float = 0.1) -> list[Message]:
     """Draw a prompt: one user turn or, with probability ``two_turn``, a task and a follow-up."""
     kind = rng.choice(list(KINDS.values()))
     operands = rng.sample(kind.operands, rng.choice(kind.sizes))
-    prompt = [_user(rng.choice(kind.phrasings).format(kind.show(operands)))]
+    prompt = [_user(rng.choice(kind.phrasings).format(" ".join(operands)))]
     if kind.follow_up is None or rng.random() >= two_turn:
         return prompt
     again = rng.choice([other for other in _same_lists(kind) if other is not kind])
@@ -223,7 +239,7 @@ def draw_answer(prompt: list[Message], mixture: Mixture, rng: Random) -> str:
     opening, closing = _draw_manner(mixture, rng)
     parts = [opening, " ".join(items) + " .", closing]
     if rng.random() < mixture.padded:
-        for filler in rng.sample(PHRASES["filler"], rng.randint(1, 4)):
+        for filler in rng.sample(PHRASES["filler"], rng.randint(1, 3)):
             parts.insert(rng.choice((0, 2)), filler)
     return " ".join(part for part in parts if part)
 

@@ -33,7 +33,7 @@ def world_words() -> list[str]:
         *(kind.follow_up for kind in kinds if kind.follow_up),
         *(phrase for phrases in grammar.PHRASES.values() for phrase in phrases),
         *(word for kind in kinds for word in (*kind.operands, *kind.answers)),
-        "plus and .",
+        ".",
     ]
     return list(dict.fromkeys(" ".join(texts).split()))
 

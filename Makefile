@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # torch is installed first and by version: ranges bring the CUDA build with gigabytes of packages
 TORCH ?= torch==2.13.0
+# one thread a test process: OpenMP threads of busy processes wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: setup quickstart test test-slow lint types clean
 
@@ -19,10 +21,10 @@ quickstart: setup
 	$(BIN)/prefopt quickstart
 
 test: setup
-	$(BIN)/pytest -m "not slow and not gpu" --doctest-modules tests prefopt reward_models eval
+	$(PYTEST) -m "not slow and not gpu" --doctest-modules tests prefopt reward_models eval
 
 test-slow: setup
-	$(BIN)/pytest -m "slow and not gpu" tests
+	$(PYTEST) -m "slow and not gpu" tests
 
 lint: setup
 	$(BIN)/ruff check .

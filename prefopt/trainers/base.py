@@ -258,12 +258,12 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability of a model to 0, in modules and in attention layers."""
+    """Sets every dropout probability that a model's modules hold to 0, layer dropout included."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

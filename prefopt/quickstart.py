@@ -147,7 +147,7 @@ def _evaluate(
             result[name] |= {"win_rate": rate.win_rate, "win_rate_ci": list(rate.ci)}
     samples = [
         {
-            "prompt": "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
+            "prompt": _as_text(prompt),
             "answers": {name: texts[name][i] for name in names},
         }
         for i, prompt in enumerate(prompts[:100])
@@ -155,6 +155,12 @@ def _evaluate(
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     atomic_write(folder / "samples.jsonl", lines)
     return result
+
+
+def _as_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _gold_qualities(prompts: list[Any], completions: list[str]) -> list[float]:

@@ -20,7 +20,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prefopt.data.rows import parse_demonstrations, parse_pair, validate
 from prefopt.data.sources import Source, read_rows, read_sources
 from prefopt.data.template import check_tokenizer, stop_token_ids
-from prefopt.data.tokenize import Tokenized, tokenize_demonstrations, tokenize_pairs
+from prefopt.data.tokenize import (
+    TokenizedDemonstrations,
+    TokenizedPairs,
+    tokenize_demonstrations,
+    tokenize_pairs,
+)
 from prefopt.errors import PrefoptError
 from prefopt.eval.reward_model import reward_model_report
 from prefopt.models.load import load_policy, load_reward_model, load_tokenizer
@@ -52,8 +57,8 @@ class Rows:
         invalid: Rows left out by ``data.invalid_rows=drop``, by problem.
     """
 
-    train: Tokenized
-    evaluation: Tokenized | None
+    train: TokenizedPairs | TokenizedDemonstrations
+    evaluation: TokenizedPairs | TokenizedDemonstrations | None
     invalid: dict[str, int]
 
 
@@ -118,7 +123,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """
     data = recipe.data
     sources = [Source(**s.model_dump()) for s in data.sources or ()] or [
-        Source(data.path, split=data.split, name=data.name, revision=data.revision)
+        Source(str(data.path), split=data.split, name=data.name, revision=data.revision)
     ]
     demonstrations = recipe.trainer.algorithm == "sft"
     parse: Callable[..., Any] = parse_demonstrations if demonstrations else parse_pair
@@ -137,7 +142,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         located = (
             read_rows(data.eval_path, split=split)
             if data.eval_path
-            else read_rows(data.path, split=split, name=data.name, revision=data.revision)
+            else read_rows(str(data.path), split=split, name=data.name, revision=data.revision)
         )
         held_out, more = parsed(located)
         invalid = {k: invalid.get(k, 0) + more.get(k, 0) for k in invalid | more}
@@ -281,7 +286,7 @@ def save_final(trainer: Trainer, folder: Path) -> None:
 
 def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model = recipe.model
-    options = {
+    options: dict[str, Any] = {
         "dtype": model.dtype,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,

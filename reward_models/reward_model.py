@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.rows import Prompt
 from prefopt.data.template import encode_completion, encode_prompt
-from prefopt.data.tree import PromptTree, collate_trees
+from prefopt.data.tree import Layout, PromptTree, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.load import load_reward_model, load_tokenizer
@@ -41,7 +41,7 @@ class RewardModel:
         enable_trees(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.batch_tokens, self.tree_size = batch_tokens, tree_size
-        self.layout = "tree" if supports_tree_attention(model) else "separate"
+        self.layout: Layout = "tree" if supports_tree_attention(model) else "separate"
 
     @classmethod
     def from_pretrained(
@@ -73,7 +73,9 @@ class RewardModel:
             trees = collate_trees(batch, layout=self.layout).to(self.model.device)
             with torch.no_grad():
                 values = self.model(trees=trees)["scores"].tolist()
-            keys = [(tree.prompt, answer) for tree in batch for answer in tree.completions]
+            keys = [
+                (tuple(tree.prompt), tuple(answer)) for tree in batch for answer in tree.completions
+            ]
             scores.update(zip(keys, values, strict=True))
         return np.array([scores[key] for key in encoded])
 

@@ -53,6 +53,9 @@ class Ragged:
         index = range(len(self))[index]
         return self._ids[self._ends[index] : self._ends[index + 1]].tolist()
 
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[index] for index in range(len(self)))
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Number of ids in each row, shape [rows]."""

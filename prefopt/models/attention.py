@@ -10,6 +10,7 @@ exactly as ``sdpa``.
 from __future__ import annotations
 
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -122,11 +123,11 @@ def tree_attention(
     """
     rows, heads, width, _ = query.shape
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if tree_map is None and softcap is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
     if tree_map is None:
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, **kwargs
+            )
         key, value = (repeat_kv(t, heads // t.shape[1]) for t in (key, value))
         if attention_mask is None:  # sdpa_mask leaves out a mask that is causal and nothing more
             keys = torch.arange(key.shape[2], device=key.device)
@@ -174,8 +175,8 @@ def _segments(
             prefix = slice(s.prefix_start, s.prefix_start + s.prefix_length)
             k, v = torch.cat([key[:, prefix], k], 1), torch.cat([value[:, prefix], v], 1)
         if softcap is not None:
-            mask = tree_map.mask(s, window)
-            pieces.append(_softcapped(q, k, v, mask, scale, softcap, dropout))
+            visible = tree_map.mask(s, window)
+            pieces.append(_softcapped(q, k, v, visible, scale, softcap, dropout))
         else:
             plain = not s.prefix_length and (window is None or s.length <= window)
             mask = None if plain else tree_map.mask(s, window)
@@ -213,10 +214,10 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 groups the queries by itself, later versions want to be told
-    grouped = query.shape[0] != key.shape[0] and "enable_gqa" in varlen_attn.__kwdefaults__
+    grouped = query.shape[0] != key.shape[0] and "enable_gqa" in signature(varlen_attn).parameters
     options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
     longest_query, longest_key = tree_map.longest
-    out = varlen_attn(
+    out: Any = varlen_attn(
         query[:, tree_map.query_index].transpose(0, 1),
         key[:, tree_map.key_index].transpose(0, 1),
         value[:, tree_map.key_index].transpose(0, 1),

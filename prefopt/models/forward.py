@@ -23,7 +23,8 @@ from prefopt.models.logprobs import LogitTransform, token_log_probs
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
 def enable_trees(model: nn.Module) -> None:

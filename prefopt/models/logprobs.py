@@ -123,7 +123,8 @@ def token_log_probs(
     """
     if type(head) is nn.Linear:
         chunk = chunk or _chunk_size(head.out_features, hidden.device)
-        weight, bias = head.weight, head.bias
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -70,8 +70,6 @@ class TreeTrainerConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.layout not in ("auto", "tree", "separate"):
             raise PrefoptError(f"layout: found {self.layout!r}, expected auto, tree or separate")
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
 
 
@@ -98,8 +96,8 @@ class TreeDataset(Dataset):
         return {"index": index, "tree": self.trees[index], **row}
 
 
-class CompleteCheckpoints:
-    """Mixed into a Trainer: a checkpoint counts only once its last file is on the disk."""
+class CompleteCheckpoints(Trainer):
+    """A Trainer whose checkpoints count only once their last file is on the disk."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -111,7 +109,7 @@ class CompleteCheckpoints:
             atomic_write(folder / COMPLETE_MARKER, json.dumps({"step": step}))
 
 
-class TreeTrainer(CompleteCheckpoints, Trainer):
+class TreeTrainer(CompleteCheckpoints):
     """Base of all trainers; see the module's docstring.
 
     Args:
@@ -231,7 +229,7 @@ class TreeTrainer(CompleteCheckpoints, Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor | None, None]:
         """Loss and metrics without gradients."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
@@ -282,6 +280,9 @@ class _Averages:
     """Means of named values over rows, kept on the device until they are logged."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
@@ -299,7 +300,7 @@ class _Averages:
             [torch.stack([self.sums[n].cpu(), torch.tensor(float(self.counts[n]))]) for n in names]
         )
         total = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
-        self.__init__()
+        self.clear()
         return {name: (row[0] / row[1]).item() for name, row in zip(names, total, strict=True)}
 
 

@@ -1,7 +1,7 @@
 """A whole DPO training step: prefopt's DPOTrainer against TRL's.
 
-All get the same model, rows, reference log-probs and optimiser. TRL runs as it is (on a CPU its
-head scores every position) and with the head it uses on CUDA (completion tokens only).
+All get the same model, rows and optimiser. TRL runs as it is (on a CPU its head scores every
+position) and with the head it uses on CUDA, which scores completion tokens only.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import DEVICE, EOS, PAD, Contestant, Settings, compare_training, perturb
+from measure import DEVICE, EOS, PAD, Settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from training import Contestant, compare_training, perturb, training_arguments
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-STORED, IN_STEP = "stored", "in-step"  # where the reference log-probs come from
+STORED, IN_STEP = "stored reference", "reference in step"
 
 
 def policy(settings: Settings) -> LlamaForCausalLM:
@@ -32,63 +33,56 @@ def prefopt(settings: Settings, mode: str) -> Contestant:
     from prefopt.trainers.dpo import DPOConfig, DPOTrainer
 
     model = policy(settings)
-    args = DPOConfig(**settings.training_arguments(max_prompt_length=None))
+    args = DPOConfig(**training_arguments(settings, max_prompt_length=None))
     trainer = DPOTrainer(model, args, TreeDataset(settings.rows()))
     trainer.before_training(resumed=False)
+    rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     reference = copy.deepcopy(model).requires_grad_(False) if mode == IN_STEP else None
     perturb(model, settings.seed)
 
-    def loss(indices: Sequence[int]) -> Tensor:
-        rows = [trainer.train_dataset[i] for i in indices]
-        batch = trainer._prepare_inputs(trainer.collate(rows))
-        with trainer.compute_loss_context_manager():
-            if reference is not None:
-                with torch.no_grad():
-                    batch["reference"] = sequence_log_probs(reference, batch["trees"])
-            return trainer.compute_loss(model, batch)
+    def reference_in_step(batch: dict[str, Any]) -> None:
+        if reference is not None:
+            with torch.no_grad():
+                batch["reference"] = sequence_log_probs(reference, batch["trees"])
 
-    return Contestant(model, loss)
+    return Contestant(trainer, rows, reference_in_step)
 
 
-def trl(settings: Settings, mode: str) -> Contestant:
+def trl(settings: Settings, mode: str, contestant: type[Contestant] = Contestant) -> Contestant:
     import datasets
     from trl import DPOConfig, DPOTrainer
 
     datasets.disable_progress_bars()
     os.environ["TQDM_DISABLE"] = "1"
     model = policy(settings)
-    args = settings.training_arguments(precompute_ref_log_probs=mode == STORED)
+    arguments = training_arguments(settings, precompute_ref_log_probs=mode == STORED)
     trainer = DPOTrainer(
         model,
         copy.deepcopy(model) if mode == IN_STEP else None,
-        DPOConfig(**args),
+        DPOConfig(**arguments),
         train_dataset=datasets.Dataset.from_list(texts(settings)),
         processing_class=tokenizer(settings),
     )
     perturb(model, settings.seed)
     rows = trainer.train_dataset.remove_columns(["prompt", "chosen", "rejected"]).to_list()
+    return contestant(trainer, rows)
 
-    def loss(indices: Sequence[int]) -> Tensor:
-        batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in indices]))
-        with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, batch)
 
-    return Contestant(model, loss)
+class WithCompactHead(Contestant):
+    """Tells TRL's head to leave out prompt and padding; its kernels decide for themselves."""
+
+    def loss(self, indices: Sequence[int]) -> Tensor:
+        """The same loss."""
+        with patch("trl.trainer.utils._use_triton", return_value=True):
+            return super().loss(indices)
 
 
 def trl_compact_head(settings: Settings, mode: str) -> Contestant:
-    stock = trl(settings, mode)
-
-    def loss(indices: Sequence[int]) -> Tensor:
-        # asked by the head whether to leave out prompt and padding; the kernels ask elsewhere
-        with patch("trl.trainer.utils._use_triton", return_value=True):
-            return stock.loss(indices)
-
-    return Contestant(stock.model, loss)
+    return trl(settings, mode, WithCompactHead)
 
 
 def words(settings: Settings) -> list[str]:
-    """One word a token id."""
+    """A word for every token id."""
     return ["<pad>", "</s>", *(f"t{i}" for i in range(2, settings.config.vocab_size))]
 
 

@@ -1,7 +1,7 @@
 """Log-probs of K completions of one prompt: a tree, K rows with the same head, plain transformers.
 
 The peers are prefopt's own ``separate`` layout (a row for each completion, the head on completion
-tokens only) and an ordinary transformers forward with logits for the completion tokens.
+tokens only) and an ordinary transformers forward that keeps the logits of completion tokens only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import DEVICE, SIZES, Settings, interleave, parser, report
+from measure import DEVICE, Settings, interleave, parser, report
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -52,49 +52,57 @@ def plain(model: LlamaForCausalLM) -> Callable[[PromptTree], Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parser("Times log-probs of the completions of one prompt.", steps=10)
+    options = parser("Times log-probs of the completions of one prompt.")
     options.add_argument("--completions", type=int, default=8, help="of each prompt")
     args = options.parse_args(argv)
-    settings = Settings(args.size, 1, args.steps, args.seed, "")
+    settings = Settings(args.size, 1, args.steps, args.seed)
     torch.manual_seed(settings.seed)
     reference = LlamaForCausalLM(settings.config).to(DEVICE).eval()
     model = copy.deepcopy(reference)
     enable_trees(model)
-    ways = {
-        "tree": (model, ours(model, "tree")),
-        "rows": (model, ours(model, "separate")),
-        "transformers": (reference, plain(reference)),
-    }
     trees = groups(settings, args.completions)
+    models = {"tree": model, "rows": model, "transformers": reference}
+    ways = {
+        "tree": ours(model, "tree"),
+        "rows": ours(model, "separate"),
+        "transformers": plain(reference),
+    }
 
-    def forward(way: str, i: int) -> Tensor:
+    def forward(way: str, tree: PromptTree) -> Tensor:
         with torch.no_grad():
-            return ways[way][1](trees[i])
+            return ways[way](tree)
 
-    def backward(way: str, i: int) -> Tensor:
-        owner, log_probs = ways[way]
-        owner.zero_grad()
-        log_probs(trees[i]).sum().backward()
-        return torch.cat([p.grad.flatten() for p in owner.parameters()])
+    def backward(way: str, tree: PromptTree) -> None:
+        ways[way](tree).sum().backward()
+
+    def clear(way: str) -> None:
+        models[way].zero_grad()
+
+    def gradient(way: str) -> Tensor:
+        clear(way)
+        backward(way, trees[0])
+        return torch.cat([p.grad.flatten() for p in models[way].parameters()])
 
     runs = []
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for mode, run in (("no gradient", forward), ("with gradient", backward)):
-            values = {way: run(way, 0) for way in ways}  # the warm-up too
-            timed = {way: (lambda i, w=way, run=run: run(w, i)) for way in ways}
-            runs.append(
-                {"mode": mode, "threads": threads}
-                | interleave(timed, settings.steps, settings.seed)
-                | {"relative_difference": {w: difference(values, w) for w in ("rows", "transformers")}}
-            )
-    lengths = dict(zip(("prompt", "completion"), LENGTHS[args.size], strict=True))
-    return report("group", args, settings, runs=runs, group=lengths | {"K": args.completions})
+        for mode, run, value in (
+            ("no gradient", forward, lambda way: forward(way, trees[0])),
+            ("with gradient", backward, gradient),
+        ):
+            difference = _differences({way: value(way) for way in ways})  # the warm-up too
+            timed = {way: lambda i, way=way, run=run: run(way, trees[i]) for way in ways}
+            times = interleave(timed, settings.steps, settings.seed, prepare=clear)
+            labels = {"mode": mode, "threads": threads}
+            runs.append(labels | times | {"relative_difference": difference})
+    prompt, completion = LENGTHS[args.size]
+    return report("group", args, settings, runs=runs, tokens=[prompt, completion])
 
 
-def difference(values: dict[str, Tensor], way: str) -> float:
-    """Of log-probs or gradients to the tree's, relative, in the L2 norm."""
-    return ((values[way] - values["tree"]).norm() / values["tree"].norm()).item()
+def _differences(values: dict[str, Tensor]) -> dict[str, float]:
+    """Of the peers' values to the tree's, relative, in the L2 norm."""
+    expected = values.pop("tree")
+    return {way: ((v - expected).norm() / expected.norm()).item() for way, v in values.items()}
 
 
 if __name__ == "__main__":

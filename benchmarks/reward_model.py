@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measure import DEVICE, Contestant, Settings, compare_training
-from torch import Tensor
+from dpo import tokenizer
+from measure import DEVICE, Settings
+from training import Contestant, compare_training, training_arguments
 from transformers import LlamaForSequenceClassification
 
 
@@ -20,44 +21,30 @@ def prefopt(settings: Settings, mode: str) -> Contestant:
     from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
     from prefopt.trainers.base import TreeDataset
 
-    model = classifier(settings)
-    args = RewardModelConfig(**settings.training_arguments(max_prompt_length=None))
-    trainer = RewardModelTrainer(model, args, TreeDataset(settings.rows()))
+    dataset = TreeDataset(settings.rows())
+    args = RewardModelConfig(**training_arguments(settings, max_prompt_length=None))
+    trainer = RewardModelTrainer(classifier(settings), args, dataset)
     trainer.before_training(resumed=False)
-
-    def loss(indices: Sequence[int]) -> Tensor:
-        rows = [trainer.train_dataset[i] for i in indices]
-        batch = trainer._prepare_inputs(trainer.collate(rows))
-        with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, batch)
-
-    return Contestant(model, loss)
+    return Contestant(trainer, [dataset[i] for i in range(len(dataset))])
 
 
 def trl(settings: Settings, mode: str) -> Contestant:
     import datasets
-    from dpo import tokenizer
     from trl import RewardConfig, RewardTrainer
 
-    model = classifier(settings)
-    names = ("chosen_ids", "rejected_ids")
+    datasets.disable_progress_bars()
     rows = [
-        {name: [*row.prompt, *ids] for name, ids in zip(names, row.completions, strict=True)}
+        {"chosen_ids": [*row.prompt, *chosen], "rejected_ids": [*row.prompt, *rejected]}
         for row in settings.rows()
+        for chosen, rejected in [row.completions]
     ]
     trainer = RewardTrainer(
-        model,
-        RewardConfig(**settings.training_arguments()),
+        classifier(settings),
+        RewardConfig(**training_arguments(settings)),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer(settings),
     )
-
-    def loss(indices: Sequence[int]) -> Tensor:
-        batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in indices]))
-        with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, batch)
-
-    return Contestant(model, loss)
+    return Contestant(trainer, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

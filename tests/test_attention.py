@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -85,12 +86,13 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 def let_second_see_first(batch: TreeBatch) -> TreeBatch:
-    """A wrong tree: each completion's prefix reaches on over the completions before it."""
-    wrong = tuple(
-        replace(s, prefix_length=s.start - s.prefix_start) if s.prefix_length else s
-        for s in batch.segments
-    )
-    return replace(batch, segments=wrong)
+    """A wrong tree: a completion after the first sees the one before it in place of the prompt."""
+    wrong = [batch.segments[0]]
+    for before, s in pairwise(batch.segments):
+        astray = bool(s.prefix_length and before.prefix_length)
+        moved = replace(s, prefix_start=before.start, prefix_length=before.length)
+        wrong.append(moved if astray else s)
+    return replace(batch, segments=tuple(wrong))
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -186,9 +188,7 @@ def test_order_and_company_never_change_a_number(family, random_trees) -> None:
         turned = [PromptTree(t.prompt, t.completions[::-1]) for t in trees]
         reversed_ = sequence_log_probs(model, collate_trees(turned))
     assert torch.allclose(together, torch.cat(alone), rtol=0, atol=3e-5)
-    assert torch.allclose(
-        shuffled, torch.cat([alone[i] for i in order]), rtol=0, atol=3e-5
-    )
+    assert torch.allclose(shuffled, torch.cat([alone[i] for i in order]), rtol=0, atol=3e-5)
     expected = torch.cat([values.flip(0) for values in alone])
     assert torch.allclose(reversed_, expected, rtol=0, atol=3e-5)
 

@@ -103,7 +103,8 @@ def test_separate_rows_train_to_the_same_weights(make_trainer) -> None:
     assert difference(trained(trainer), weights) < 2e-5
     assert trainer.layout == "separate"
     assert {p.name for p in Path(trainer.args.output_dir, "log_probs").iterdir()} != {
-        p.name for p in Path(trainer.args.output_dir).with_name("tree").joinpath("log_probs").iterdir()
+        p.name
+        for p in Path(trainer.args.output_dir).with_name("tree").joinpath("log_probs").iterdir()
     }
 
 
@@ -256,7 +257,8 @@ def test_the_reference_is_computed_once(make_trainer, tmp_path, monkeypatch) -> 
 
 
 @pytest.mark.parametrize(
-    "change", [{"max_length": 1000}, {"layout": "separate"}, {"bf16": True}, {"model": 1}, {"rows": 1}]
+    "change",
+    [{"max_length": 1000}, {"layout": "separate"}, {"bf16": True}, {"model": 1}, {"rows": 1}],
 )
 def test_another_setting_has_a_reference_of_its_own(
     change, make_trainer, tiny_llama, random_trees, tmp_path
@@ -347,7 +349,9 @@ def test_what_evaluation_reports(make_trainer, random_trees) -> None:
         "eval_rewards/margins": margins.mean(),
         "eval_rewards/accuracies": (margins > 0).float().mean(),
         "eval_logps/chosen": after[0].mean(),
-        "eval_length/mean": torch.tensor([len(c) for t in held_out for c in t.completions]).float().mean(),
+        "eval_length/mean": torch.tensor([len(c) for t in held_out for c in t.completions])
+        .float()
+        .mean(),
     }
     for name, value in expected.items():
         assert entries[-1][name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
@@ -375,7 +379,9 @@ def test_soft_labels_are_used(make_trainer, random_trees) -> None:
 
 
 def test_even_labels_say_nothing_at_the_start(make_trainer, random_trees) -> None:
-    trainer = make_trainer(trees=random_trees([2] * 8), columns={"p_chosen": [0.5] * 8}, max_steps=1)
+    trainer = make_trainer(
+        trees=random_trees([2] * 8), columns={"p_chosen": [0.5] * 8}, max_steps=1
+    )
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(0, abs=1e-5)
 

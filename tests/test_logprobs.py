@@ -53,9 +53,7 @@ def expected(
     return {"log_probs": log_probs.detach()} | {k: g for k, g in grads.items() if g is not None}
 
 
-def found(
-    hidden: Tensor, head: nn.Module, log_probs: Tensor, weights: Tensor
-) -> dict[str, Tensor]:
+def found(hidden: Tensor, head: nn.Module, log_probs: Tensor, weights: Tensor) -> dict[str, Tensor]:
     (log_probs * weights).sum().backward()
     grads = {"hidden": hidden.grad} | {name: p.grad for name, p in head.named_parameters()}
     return {"log_probs": log_probs.detach()} | {k: g for k, g in grads.items() if g is not None}
@@ -159,6 +157,32 @@ def test_any_other_head_is_called_as_a_module(chunk) -> None:
     theirs = expected(hidden, plain, targets, LogitTransform(scale=2 * 0.3), weights)
     log_probs = token_log_probs(hidden, targets, head, LogitTransform(scale=0.3), chunk=chunk)
     assert_close(found(hidden, head, log_probs, weights), theirs, 1e-6)
+
+
+def test_a_head_whose_weight_is_gathered_in_hooks() -> None:
+    """As ZeRO and FSDP do: the weight is there only while the head's own forward or backward runs."""
+    weights = torch.linspace(-1.0, 2.0, TOKENS)
+    hidden, head, targets = inputs()
+    theirs = expected(hidden, head, targets, LogitTransform(), weights)
+    full, events = head.weight.data.clone(), []
+
+    def gather(module: nn.Linear, *_: Any) -> None:
+        events.append("gather")
+        module.weight.data = full
+
+    def release(module: nn.Linear, *_: Any) -> None:
+        events.append("release")
+        module.weight.data = torch.empty(0)
+
+    release(head)
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(release)
+    head.register_full_backward_pre_hook(gather)
+    log_probs = token_log_probs(hidden, targets, head, LogitTransform(), chunk=2)
+    assert events == ["release", "gather", "release"], "once for all chunks"
+    assert_close(found(hidden, head, log_probs, weights), theirs, 1e-6)
+    assert "forward" not in vars(head)
+    head(hidden)
 
 
 class Largest(TorchDispatchMode):

@@ -45,7 +45,11 @@ def test_two_rows_padded_on_the_left_by_hand() -> None:
 
 def test_separate_rows_by_hand() -> None:
     batch = collate_trees(TWO, layout="separate")
-    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 30, 0], [40, 50, 51, 52, 0]]
+    assert batch.input_ids.tolist() == [
+        [10, 11, 12, 20, 21],
+        [10, 11, 12, 30, 0],
+        [40, 50, 51, 52, 0],
+    ]
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
     assert batch.predict_from.tolist() == [2, 3, 7, 10, 11, 12]

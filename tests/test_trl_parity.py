@@ -115,9 +115,7 @@ def theirs(tmp_path_factory) -> tuple[Any, dict[str, Any]]:
     from trl import DPOTrainer as TheirTrainer
 
     folder = tmp_path_factory.mktemp("trl")
-    args = TheirConfig(
-        **settings(folder), max_length=None, gradient_checkpointing=False, beta=0.2
-    )
+    args = TheirConfig(**settings(folder), max_length=None, gradient_checkpointing=False, beta=0.2)
     text = Dataset.from_list([{"prompt": "w3", "chosen": "w4", "rejected": "w5"}])
     trainer = TheirTrainer(
         model=moved(reference_model()),

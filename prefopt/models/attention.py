@@ -80,6 +80,20 @@ class TreeMap:
             max(s.prefix_length + s.length for s in self.segments),
         )
 
+    @cached_property
+    def pieces(self) -> list[tuple[int, Segment | None]]:
+        """All positions as runs in order: each run's length and its segment, None for padding."""
+        pieces: list[tuple[int, Segment | None]] = []
+        cursor = 0
+        for s in self.segments:
+            if s.start > cursor:
+                pieces.append((s.start - cursor, None))
+            pieces.append((s.length, s))
+            cursor = s.start + s.length
+        if cursor < self.num_positions:
+            pieces.append((self.num_positions - cursor, None))
+        return pieces
+
     def _ranges(self, parts: list[tuple[int, int]]) -> Tensor:
         ranges = [torch.arange(start, start + length) for start, length in parts]
         return torch.cat(ranges).to(self.device)
@@ -141,8 +155,6 @@ def tree_attention(
     if _flash_takes(query, value) and softcap is None and dropout == 0.0:
         out = _varlen(flat_q, flat_k, flat_v, tree_map, scale, sliding_window)
     else:
-        groups = heads // key.shape[1]
-        flat_k, flat_v = (repeat_kv(t[None], groups)[0] for t in (flat_k, flat_v))
         out = _segments(flat_q, flat_k, flat_v, tree_map, scale, sliding_window, softcap, dropout)
     return out.unflatten(0, (rows, width)), None
 
@@ -165,29 +177,36 @@ def _segments(
     dropout: float,
 ) -> Tensor:
     """One attention call per segment; [heads, positions, head_dim] to [positions, heads, dim]."""
-    pieces, cursor = [], 0
-    for s in tree_map.segments:
-        if s.start > cursor:  # padding, whose output nobody reads
-            pieces.append(value.new_zeros(s.start - cursor, len(value), value.shape[-1]))
-        own = slice(s.start, s.start + s.length)
-        q, k, v = query[:, own], key[:, own], value[:, own]
+    # elsewhere than on the CPU, a mask and shared key heads meet only in the slowest kernel
+    shared_heads = query.device.type == "cpu" and softcap is None
+    if not shared_heads:
+        groups = query.shape[0] // key.shape[0]
+        key, value = (repeat_kv(t[None], groups)[0] for t in (key, value))
+    # split, not sliced: the backward of every single slice fills a tensor of the batch's length
+    lengths = [length for length, _ in tree_map.pieces]
+    queries, keys, values = (t.split(lengths, 1) for t in (query, key, value))
+    outputs: list[Tensor] = []
+    piece_at: dict[int, int] = {}
+    for i, (length, s) in enumerate(tree_map.pieces):
+        if s is None:  # padding, whose output nobody reads
+            outputs.append(query.new_zeros(length, query.shape[0], value.shape[-1]))
+            continue
+        piece_at[s.start] = i
+        q, k, v = queries[i], keys[i], values[i]
         if s.prefix_length:
-            prefix = slice(s.prefix_start, s.prefix_start + s.prefix_length)
-            k, v = torch.cat([key[:, prefix], k], 1), torch.cat([value[:, prefix], v], 1)
+            prefix = piece_at[s.prefix_start]
+            k, v = torch.cat([keys[prefix], k], 1), torch.cat([values[prefix], v], 1)
         if softcap is not None:
             visible = tree_map.mask(s, window)
-            pieces.append(_softcapped(q, k, v, visible, scale, softcap, dropout))
-        else:
-            plain = not s.prefix_length and (window is None or s.length <= window)
-            mask = None if plain else tree_map.mask(s, window)
-            out = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], mask, dropout, is_causal=plain, scale=scale
-            )
-            pieces.append(out[0].transpose(0, 1))
-        cursor = s.start + s.length
-    if cursor < tree_map.num_positions:
-        pieces.append(value.new_zeros(tree_map.num_positions - cursor, len(value), value.shape[-1]))
-    return torch.cat(pieces)
+            outputs.append(_softcapped(q, k, v, visible, scale, softcap, dropout))
+            continue
+        plain = not s.prefix_length and (window is None or s.length <= window)
+        mask = None if plain else tree_map.mask(s, window)
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], mask, dropout, plain, scale=scale, enable_gqa=shared_heads
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def _softcapped(

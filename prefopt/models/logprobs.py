@@ -6,6 +6,7 @@ reduced to one number a token, and made again in the backward pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,33 +114,43 @@ def token_log_probs(
     Args:
         hidden: Hidden states that predict the targets, [tokens, hidden].
         targets: Token ids, [tokens].
-        head: The language-model head. A plain ``nn.Linear`` takes the fused path; any other module
-            (LoRA on the head, a quantised head) is called chunk by chunk under checkpointing.
+        head: The language-model head. One that computes what ``nn.Linear`` does takes the fused
+            path; any other (LoRA on it, a quantised one) is called chunk by chunk, checkpointed.
         transform: What the model does to its logits.
         chunk: Tokens a chunk; chosen from the vocabulary and the device when None.
 
     Returns:
         Log-probs, [tokens].
     """
-    if type(head) is nn.Linear:
-        chunk = chunk or _chunk_size(head.out_features, hidden.device)
-        weight: Tensor = head.weight
-        bias: Tensor | None = head.bias
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
-        return _ChunkedLogProbs.apply(
-            hidden.to(weight.dtype), weight, bias, targets, transform, chunk
-        )
+    chunk = chunk or _chunk_size(getattr(head, "out_features", 2**17), hidden.device)
+    own_forward = getattr(head.forward, "__func__", None)
+    if isinstance(head, nn.Linear) and own_forward is nn.Linear.forward:
+        # FSDP and ZeRO gather a weight in hooks around the forward of the module that holds it
+        fused = functools.partial(_fused, head, targets, transform, chunk)
+        head.forward = fused  # type: ignore[method-assign]
+        try:
+            return head(hidden)
+        finally:
+            del head.forward
 
     def score(part: Tensor, part_targets: Tensor) -> Tensor:
         logits = transform(head(part).float())
         return logits.log_softmax(-1).gather(-1, part_targets[:, None])[:, 0]
 
-    chunk = chunk or _chunk_size(getattr(head, "out_features", 2**17), hidden.device)
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([_checkpointed(score, h, t) for h, t in parts])
+
+
+def _fused(
+    head: nn.Linear, targets: Tensor, transform: LogitTransform, chunk: int, hidden: Tensor
+) -> Tensor:
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    return _ChunkedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk)
 
 
 def _checkpointed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -162,4 +173,4 @@ def sequence_log_probs(model: nn.Module, batch: TreeBatch) -> Tensor:
     Returns:
         float32 sums in nats, [completions].
     """
-    return batch.sum_per_completion(model(trees=batch)["log_probs"])
+    return batch.sum_per_completion(model(trees=batch)["log_probs"].float())

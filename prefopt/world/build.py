@@ -1,11 +1,8 @@
-"""Write the generated world to a directory: data sets as JSONL and an untrained model."""
+"""Writes the generated world to a directory: data sets as JSONL and an untrained model."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +12,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefopt.data.rows import Message
 from prefopt.errors import PrefoptError
+from prefopt.rounds.storage import atomic_directory
 from prefopt.world.gold import gold_preference
-from prefopt.world.grammar import CANDIDATES, DEMONSTRATIONS, Message, draw_answer, draw_prompt
+from prefopt.world.grammar import CANDIDATES, DEMONSTRATIONS, draw_answer, draw_prompt
 from prefopt.world.tokenizer import MAX_LENGTH, world_tokenizer
 
 
@@ -49,7 +48,7 @@ def build_world(
     prompt_rows: int = 512,
     intransitive: bool = False,
 ) -> WorldPaths:
-    """Write the world unless the directory already holds it; the same arguments, the same bytes.
+    """Writes the world unless the directory already holds it; the same arguments, the same bytes.
 
     No prompt occurs twice, neither within a file nor between files. The directory is written
     aside and renamed, so that it is either absent or complete.
@@ -66,7 +65,7 @@ def build_world(
         PrefoptError: The directory exists and holds anything else than this very world.
     """
     directory = Path(directory)
-    arguments = {
+    arguments: dict[str, Any] = {
         "seed": seed,
         "sft_rows": sft_rows,
         "preference_rows": preference_rows,
@@ -74,14 +73,9 @@ def build_world(
         "intransitive": intransitive,
     }
     if not _is_written(directory, arguments):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-        try:
-            _write(_paths(aside), **arguments)
-            (aside / "world.json").write_text(json.dumps(arguments) + "\n")
-            os.replace(aside, directory)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with atomic_directory(directory) as partial:
+            _write(_paths(partial), **arguments)
+            (partial / "world.json").write_text(json.dumps(arguments) + "\n")
     return _paths(directory)
 
 
@@ -95,7 +89,7 @@ def _paths(directory: Path) -> WorldPaths:
     )
 
 
-def _is_written(directory: Path, arguments: dict[str, int]) -> bool:
+def _is_written(directory: Path, arguments: dict[str, Any]) -> bool:
     """Whether the world is there; anything else that is there is an error."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
@@ -143,7 +137,7 @@ def _demonstration(prompt: list[Message], rng: Random) -> dict[str, list[Message
 
 
 def _preference(prompt: list[Message], rng: Random, intransitive: bool) -> dict[str, list[Message]]:
-    """Let the annotator choose between two different answers."""
+    """Lets the annotator choose between two different answers."""
     a = b = draw_answer(prompt, CANDIDATES, rng)
     while a == b:
         b = draw_answer(prompt, CANDIDATES, rng)
@@ -165,10 +159,11 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def _untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=448,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=8,
+        initializer_range=0.08,  # a narrow model learns to copy sooner from larger weights
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -26,7 +26,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prefopt.world.grammar import PHRASES, Message, right_answer
+from prefopt.data.rows import Message
+from prefopt.world.grammar import PHRASES, right_answer
 
 WEIGHTS = {"correct": 0.4, "complete": 0.3, "polite": 0.3}
 WASTE_LIMIT = 24
@@ -71,7 +72,7 @@ class Answer:
 
 
 def parse_answer(text: str) -> Answer:
-    """Take an answer apart; any text can be parsed.
+    """Takes an answer apart; any text can be parsed.
 
     The items are the first run of words outside all phrases, closed by a full stop. There is room
     for one opening before them and one closing after them; whatever else is said is stray.
@@ -106,7 +107,7 @@ def parse_answer(text: str) -> Answer:
 
 
 def _segments(tokens: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Split into whole phrases, each with its label, and single loose tokens, labelled ""."""
+    """Splits into whole phrases, each with its label, and single loose tokens, labelled ""."""
     place = 0
     while place < len(tokens):
         sizes = range(min(_LONGEST, len(tokens) - place), 1, -1)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+from prefopt.data.rows import Message
 from prefopt.errors import PrefoptError
-
-Message = dict[str, str]
 
 SOUNDS = {
     "cow": "moo", "dog": "woof", "cat": "meow", "duck": "quack", "sheep": "baa", "pig": "oink",
@@ -27,33 +26,12 @@ COLOURS = {
     "sky": "blue", "sea": "blue", "carrot": "orange", "pumpkin": "orange", "chocolate": "brown",
     "bark": "brown",
 }  # fmt: skip
-_ANTONYMS = [
-    "hot",
-    "cold",
-    "big",
-    "small",
-    "fast",
-    "slow",
-    "high",
-    "low",
-    "light",
-    "dark",
-    "wet",
-    "dry",
-    "old",
-    "new",
-    "rich",
-    "poor",
-    "hard",
-    "soft",
-    "loud",
-    "quiet",
-    "full",
-    "empty",
-    "early",
-    "late",
-]
-OPPOSITES = dict(zip(_ANTONYMS, _ANTONYMS[1:])) | dict(zip(_ANTONYMS[1::2], _ANTONYMS[::2]))
+_PAIRS = {
+    "hot": "cold", "big": "small", "fast": "slow", "high": "low", "light": "dark", "wet": "dry",
+    "old": "new", "rich": "poor", "hard": "soft", "loud": "quiet", "full": "empty",
+    "early": "late",
+}  # fmt: skip
+OPPOSITES = _PAIRS | {second: first for first, second in _PAIRS.items()}
 NOUNS = (*SOUNDS, *COLOURS)
 NUMBERS = tuple(str(number) for number in range(21))
 
@@ -91,7 +69,7 @@ class Kind:
     follow_up: str | None = None
 
     def read(self, text: str) -> list[str] | None:
-        """Return the operands of a user message of this kind, or None for any other text."""
+        """Returns the operands of a user message of this kind, or None for any other text."""
         for phrasing in self.phrasings:
             before, after = phrasing.split("{}")
             middle = text[len(before) : len(text) - len(after)]
@@ -170,17 +148,16 @@ class Mixture:
     padded: float
 
 
-BEST = Mixture(wrong=0.0, partial=0.0, polite=1.0, rude=0.0, padded=0.0)
 DEMONSTRATIONS = Mixture(wrong=0.15, partial=0.2, polite=0.4, rude=0.3, padded=0.35)
 CANDIDATES = Mixture(wrong=0.25, partial=0.2, polite=0.5, rude=0.25, padded=0.35)
 
 
-def draw_prompt(rng: Random, two_turn: float = 0.1) -> list[Message]:
-    """Draw a prompt: one user turn or, with probability ``two_turn``, a task and a follow-up."""
+def draw_prompt(rng: Random) -> list[Message]:
+    """Draws a prompt: one user turn or, one time in ten where possible, a task and a follow-up."""
     kind = rng.choice(list(KINDS.values()))
     operands = rng.sample(kind.operands, rng.choice(kind.sizes))
     prompt = [_user(rng.choice(kind.phrasings).format(" ".join(operands)))]
-    if kind.follow_up is None or rng.random() >= two_turn:
+    if kind.follow_up is None or rng.random() >= 0.1:
         return prompt
     again = rng.choice([other for other in _same_lists(kind) if other is not kind])
     reply = {"role": "assistant", "content": " ".join(kind.solve(operands)) + " ."}
@@ -197,7 +174,7 @@ def _same_lists(kind: Kind) -> list[Kind]:
 
 
 def read_prompt(prompt: list[Message]) -> tuple[Kind, list[str]]:
-    """Find the kind and the operands of the task in the last user turn.
+    """Finds the kind and the operands of the task in the last user turn.
 
     Raises:
         PrefoptError: The messages are not a prompt of this world.
@@ -218,7 +195,7 @@ def read_prompt(prompt: list[Message]) -> tuple[Kind, list[str]]:
 
 
 def right_answer(prompt: list[Message]) -> list[str]:
-    """Solve the task: the items of the one right answer, in order.
+    """Solves the task: the items of the one right answer, in order.
 
     Raises:
         PrefoptError: The messages are not a prompt of this world.
@@ -228,7 +205,7 @@ def right_answer(prompt: list[Message]) -> list[str]:
 
 
 def draw_answer(prompt: list[Message], mixture: Mixture, rng: Random) -> str:
-    """Write an answer whose factors are drawn independently from ``mixture``."""
+    """Writes an answer whose factors are drawn independently from ``mixture``."""
     kind, operands = read_prompt(prompt)
     items = kind.solve(operands)
     if rng.random() < mixture.partial:
@@ -240,12 +217,12 @@ def draw_answer(prompt: list[Message], mixture: Mixture, rng: Random) -> str:
     parts = [opening, " ".join(items) + " .", closing]
     if rng.random() < mixture.padded:
         for filler in rng.sample(PHRASES["filler"], rng.randint(1, 3)):
-            parts.insert(rng.choice((0, 2)), filler)
+            parts.insert(rng.choice((0, len(parts) - 1)), filler)  # first, or after the items
     return " ".join(part for part in parts if part)
 
 
 def _draw_manner(mixture: Mixture, rng: Random) -> tuple[str, str]:
-    """Draw an opening and a closing, each possibly empty."""
+    """Draws an opening and a closing, each possibly empty."""
     draw = rng.random()
     if draw >= mixture.polite + mixture.rude:
         return rng.choice((*PHRASES["plain opening"], "")), ""

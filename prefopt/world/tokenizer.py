@@ -39,7 +39,7 @@ def world_words() -> list[str]:
 
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: one token per word, so that texts and token ids map one to one."""
+    """Builds the tokenizer: one token per word, so that texts and token ids map one to one."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *world_words()))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -265,7 +265,7 @@ def test_a_saved_model_is_a_plain_model(wrapped, tiny_llama, random_trees, tmp_p
 
 
 def test_gpt_oss_keeps_its_attention_with_sinks(random_trees) -> None:
-    """SDPA has no sinks: with it even plain forwards would be wrong, and every check would agree."""
+    """SDPA has no sinks: with it plain forwards would be wrong too, and every check would agree."""
     settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8} | GROUPED
     trees = random_trees([2])
     model = make("GptOss", **settings)
@@ -278,7 +278,7 @@ def test_gpt_oss_keeps_its_attention_with_sinks(random_trees) -> None:
         assert torch.equal(plain_log_probs(model, trees), expected)
         separate = sequence_log_probs(model, collate_trees(trees, layout="separate"))
         assert torch.allclose(separate, expected, rtol=0, atol=1e-4)
-        with pytest.raises(PrefoptError, match="GptOssForCausalLM.*separate"):
+        with pytest.raises(PrefoptError, match=r"GptOssForCausalLM.*separate"):
             sequence_log_probs(model, collate_trees(trees))
 
 

@@ -129,6 +129,6 @@ class Doubled(LlamaForCausalLM):
 def test_logits_that_change_in_an_unknown_way_are_refused(tiny_llama, random_trees) -> None:
     model = tiny_llama()
     model.__class__ = Doubled
-    with pytest.raises(PrefoptError, match="Doubled: log-probs .* nats a token") as caught:
+    with pytest.raises(PrefoptError, match=r"Doubled: log-probs .* nats a token") as caught:
         decide(model, random_trees([2]))
     assert "\n" not in str(caught.value)

@@ -160,7 +160,7 @@ def test_any_other_head_is_called_as_a_module(chunk) -> None:
 
 
 def test_a_head_whose_weight_is_gathered_in_hooks() -> None:
-    """As ZeRO and FSDP do: the weight is there only while the head's own forward or backward runs."""
+    """As ZeRO and FSDP do: the weight is there only during the head's own forward or backward."""
     weights = torch.linspace(-1.0, 2.0, TOKENS)
     hidden, head, targets = inputs()
     theirs = expected(hidden, head, targets, LogitTransform(), weights)
@@ -206,9 +206,19 @@ def test_no_more_than_a_chunk_of_logits_exists(kind, transform) -> None:
     head = kind(HIDDEN, vocabulary)
     hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
     targets = torch.randint(0, vocabulary, (tokens,))
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
     with Largest() as largest:
-        token_log_probs(hidden, targets, head, transform, chunk=chunk).sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = token_log_probs(hidden, targets, head, transform, chunk=chunk).sum()
+        kept_for_backward = sum(kept)
+        loss.backward()
     assert largest.elements == chunk * vocabulary
+    assert kept_for_backward < tokens * vocabulary / 4
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -222,8 +222,9 @@ def their_reward_loss(rows: list[dict[str, Any]], centering: float | None, folde
 @pytest.mark.parametrize("margins", [None, [0.5 * i for i in range(6)]], ids=["", "margins"])
 def test_reward_model_losses_and_gradients(centering, margins, tmp_path) -> None:
     trees = pairs()
+    names = ("chosen_ids", "rejected_ids")
     rows = [
-        {name: [*t.prompt, *c] for name, c in zip(("chosen_ids", "rejected_ids"), t.completions)}
+        {name: [*t.prompt, *c] for name, c in zip(names, t.completions, strict=True)}
         | ({"margin": margins[i]} if margins else {})
         for i, t in enumerate(trees)
     ]

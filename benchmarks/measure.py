@@ -182,7 +182,7 @@ def report(
         | {"python": platform.python_version()},
         "commit": commit + ("+changes" if changes else ""),
         "model": settings.config.to_diff_dict() | {"head_share": _head_share(settings.config)},
-        "settings": {key: str(value) for key, value in vars(args).items() if key != "output"},
+        "settings": {key: value for key, value in vars(args).items() if key != "output"},
         "runs": runs,
         **parts,
     }

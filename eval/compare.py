@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
 from typing import Any
 
-from prefopt.data.rows import Prompt
+from prefopt.data.rows import Prompt, parse_prompt
 from prefopt.data.sources import read_rows
 from prefopt.errors import DataError, PrefoptError
 from prefopt.eval.win_rate import win_rate
@@ -42,11 +42,12 @@ def compare_files(model: str, baseline: str, judge: str) -> dict[str, Any]:
     a, b = [ours[key][1] for key in keys], [theirs[key][1] for key in keys]
     preferences = RewardModel.from_pretrained(judge).prefer(prompts, a, b)
     rate = win_rate(preferences, groups=[key[0] for key in keys])
-    result = asdict(rate)
     return {
         "win_rate": rate.win_rate,
         "win_rate_ci": list(rate.ci),
-        **{name: result[name] for name in ("standard_error", "wins", "ties", "losses")},
+        # of one prompt there is no standard error, and JSON knows no NaN
+        "standard_error": None if math.isnan(rate.standard_error) else rate.standard_error,
+        **{name: getattr(rate, name) for name in ("wins", "ties", "losses")},
         "prompts": rate.n,
         "mean_length": sum(map(len, a)) / len(a),
         "baseline_mean_length": sum(map(len, b)) / len(b),
@@ -57,13 +58,11 @@ def compare_files(model: str, baseline: str, judge: str) -> dict[str, Any]:
 def _read(path: str) -> Answers:
     answers: Answers = {}
     for where, row in read_rows(path):
-        for field in ("prompt", "completion"):
-            if field not in row:
-                raise DataError(
-                    where, field, f"missing; found the columns {', '.join(sorted(row))}"
-                )
-        key = (json.dumps(row["prompt"], sort_keys=True), row.get("sample", 0))
+        prompt, completion = parse_prompt(row, where), row.get("completion")
+        if not isinstance(completion, str):
+            raise DataError(where, "completion", f"found {completion!r}, expected text")
+        key = (json.dumps(prompt, sort_keys=True), row.get("sample", 0))
         if key in answers:
             raise DataError(where, "prompt", "answered before in this file with the same sample")
-        answers[key] = (row["prompt"], row["completion"])
+        answers[key] = (prompt, completion)
     return answers

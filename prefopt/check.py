@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.data.report import data_report
-from prefopt.train import load_rows, read_recipe, recipe_tokenizer
+from prefopt.train import load_rows, make_config, read_recipe, recipe_tokenizer
 
 
 def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
         PrefoptError: As training on it would.
     """
     recipe = read_recipe(recipe_path, overrides)
+    make_config(recipe)
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
     result = {

@@ -26,8 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PrefoptError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     if arguments.json and os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, indent=2))
@@ -66,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", help="JSONL, Parquet or a Hub id (docs/data.md)")
     generate.add_argument("--out", required=True, help="JSONL file to write")
     generate.add_argument("--split", default="train")
-    generate.add_argument("--limit", type=int, help="use the first N prompts only")
+    generate.add_argument("--limit", type=_count, help="use the first N prompts only")
     generate.add_argument("--samples", type=int, default=1, help="answers a prompt")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -74,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=512)
     generate.add_argument("--batch-size", type=int, default=64, help="answers at a time")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--dtype", default="auto")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    generate.add_argument("--dtype", default="auto", choices=dtypes)
     generate.add_argument("--chat-template", help="Jinja file that replaces the model's template")
 
     evaluate = command("eval", _win_rate, "Win rate of one file of answers over another.")
@@ -87,6 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir")
     report.add_argument("--open", action="store_true", help="show it in the browser")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
 
 
 def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -125,7 +137,13 @@ def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
     _quiet_libraries()
     from prefopt.generate import generate_file
 
-    return generate_file(arguments)
+    result = generate_file(arguments)
+    if not arguments.json:
+        print(
+            f"{result['completions']} answers to {result['prompts']} prompts in {result['out']}; "
+            f"mean length {result['mean_length']:.1f} tokens, {result['finished']:.0%} finished"
+        )
+    return result
 
 
 def _win_rate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from prefopt.data.rows import Prompt, parse_prompt, validate
 from prefopt.data.sources import read_rows
 from prefopt.data.template import check_tokenizer
 from prefopt.data.tokenize import tokenize_prompts
+from prefopt.errors import PrefoptError
 from prefopt.models.load import load_policy, load_tokenizer
 from prefopt.rollout.engine import Completion, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
@@ -37,6 +38,8 @@ def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
         samples_per_prompt=arguments.samples,
         seed=arguments.seed,
     )
+    if Path(arguments.out).is_dir():
+        raise PrefoptError(f"--out: {arguments.out} is a folder, expected a file to write")
     tokenizer = load_tokenizer(arguments.model, chat_template=arguments.chat_template)
     located = islice(read_rows(arguments.prompts, split=arguments.split), arguments.limit)
     prompts, _ = validate(located, parse_prompt)

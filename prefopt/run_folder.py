@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,51 +14,63 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.rounds.storage import atomic_write
+from prefopt.trainers.base import last_complete_checkpoint
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 def check_run(recipe: Recipe) -> None:
-    """Refuses a run folder that another recipe began.
+    """Refuses to go on with what another recipe has trained.
 
     Raises:
-        PrefoptError: The folder belongs to another recipe.
+        PrefoptError: The folder holds checkpoints or the result of another recipe.
     """
-    stored = Path(recipe.run_dir) / "recipe.yaml"
-    if not stored.exists():
+    folder = Path(recipe.run_dir)
+    stored = folder / "recipe.yaml"
+    trained = (folder / "summary.json").exists() or last_complete_checkpoint(folder / "checkpoints")
+    if not trained or not stored.exists():
         return
     different = sorted(_differences(load_recipe(stored).resolved(), recipe.resolved()))
     if different:
         raise PrefoptError(
-            f"{recipe.run_dir}: this run was begun with other values of {', '.join(different)}; "
+            f"{folder}: this run was begun with other values of {', '.join(different)}; "
             "choose another run_dir, or delete the folder to begin again"
         )
 
 
-def open_run(recipe: Recipe) -> None:
-    """Makes the run folder with its resolved recipe and its environment, unless they are there."""
+def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
+    """Writes the resolved recipe, the environment and the facts about the data of a run.
+
+    Args:
+        recipe: The recipe.
+        data: What a resumed run must find unchanged, as plain values.
+
+    Raises:
+        PrefoptError: There are checkpoints that were trained on other data.
+    """
     folder = Path(recipe.run_dir)
-    if not (folder / "environment.json").exists():
-        atomic_write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    if not (folder / "recipe.yaml").exists():
-        recipe.write_resolved(folder / "recipe.yaml")
+    facts = folder / "data.json"
+    if last_complete_checkpoint(folder / "checkpoints") and facts.exists():
+        different = sorted(_differences(json.loads(facts.read_text()), data))
+        if different:
+            raise PrefoptError(
+                f"{folder}: the checkpoints were trained with other {', '.join(different)}; "
+                "restore what was there, or choose another run_dir"
+            )
+    atomic_write(facts, json.dumps(data, indent=2) + "\n")
+    atomic_write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    recipe.write_resolved(folder / "recipe.yaml")
 
 
 def environment() -> dict[str, Any]:
     """Versions, device and commit: what a number depends on besides the recipe."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,8 +81,18 @@ def environment() -> dict[str, Any]:
         "devices": torch.cuda.device_count() if cuda else 0,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("prefopt", *PACKAGES)},
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout prefopt runs from, if it runs from one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    return found.stdout.strip() or None
 
 
 class MetricsFile(TrainerCallback):
@@ -89,8 +112,10 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Writes one line."""
-        if state.is_world_process_zero:
+        """Writes one line; the totals at the end of training, which do not survive a resumption,
+        are left to the summary.
+        """
+        if state.is_world_process_zero and "train_runtime" not in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
@@ -106,7 +131,9 @@ class ProgressBar(TrainerCallback):
         """Shows the bar on the main process."""
         if state.is_world_process_zero:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self.bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            note = TextColumn("{task.fields[note]}")
+            console = Console(stderr=True)  # stdout is for results
+            self.bar = Progress(*columns, TimeRemainingColumn(), note, console=console)
             self.bar.add_task(
                 self.title, total=state.max_steps, completed=state.global_step, note=""
             )

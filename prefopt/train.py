@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from accelerate import PartialState
+import xxhash
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -61,9 +61,25 @@ class Rows:
     evaluation: TokenizedPairs | TokenizedDemonstrations | None
     invalid: dict[str, int]
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash over the ids of all training rows, in order."""
+        digest = xxhash.xxh3_128()
+        for row in self.train:
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
 
 # Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...).
-SAID_ELSEWHERE = {"output_dir", "log_probs_dir", "seed", "max_length", "max_prompt_length"}
+SAID_ELSEWHERE = {
+    "output_dir",
+    "log_probs_dir",
+    "seed",
+    "max_length",
+    "max_prompt_length",
+    "remove_unused_columns",
+    "disable_tqdm",
+}
 
 
 def known_keys() -> dict[str, set[str]]:
@@ -150,11 +166,11 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     conversational = not isinstance(items[0].prompt, str)
     check_tokenizer(tokenizer, conversational=conversational)
     limits = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
-    return Rows(
-        tokenize(items, tokenizer, **limits),
-        tokenize(held_out, tokenizer, **limits) if held_out else None,
-        invalid,
-    )
+    train_rows = tokenize(items, tokenizer, **limits)
+    for reason, count in {**invalid, **vars(train_rows.dropped)}.items():
+        if count:
+            logger.warning("rows left out: %d (%s)", count, reason.replace("_", " "))
+    return Rows(train_rows, tokenize(held_out, tokenizer, **limits) if held_out else None, invalid)
 
 
 def split_by_prompt(items: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -181,22 +197,25 @@ def train(recipe: Recipe) -> dict[str, Any]:
         PrefoptError: Something in the recipe, the data or the model is wrong.
     """
     folder = Path(recipe.run_dir)
-    main = PartialState().is_main_process
+    args = make_config(recipe)
     check_run(recipe)
+    main = args.process_index == 0
     summary = folder / "summary.json"
     if summary.exists():
         logger.info("%s is complete", folder)
         return json.loads(summary.read_text())
-    args = make_config(recipe)
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
     if main:
-        open_run(recipe)
+        open_run(recipe, {"rows": rows.fingerprint, "processes": args.world_size})
     set_seed(recipe.seed)
-    trainer = make_trainer(recipe, args, tokenizer, rows)
-    outcome = trainer.train(
-        resume_from_checkpoint=_as_text(last_complete_checkpoint(folder / "checkpoints"))
-    )
+    try:
+        trainer = make_trainer(recipe, args, tokenizer, rows)
+        outcome = trainer.train(
+            resume_from_checkpoint=_as_text(last_complete_checkpoint(folder / "checkpoints"))
+        )
+    except ImportError as error:
+        raise PrefoptError(f"a package is missing for this recipe: {error}") from error
     result = {
         "algorithm": recipe.trainer.algorithm,
         "rows": len(rows.train),
@@ -204,9 +223,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seconds": outcome.metrics["train_runtime"],
     }
-    if isinstance(trainer, RewardModelTrainer) and trainer.eval_dataset is not None:
-        result["reward_model"] = reward_model_report(trainer)
-    save_final(trainer, folder)
+    if trainer.eval_dataset is not None:
+        if isinstance(trainer, RewardModelTrainer):
+            result["reward_model"] = reward_model_report(trainer)
+        else:
+            trainer.evaluate()
+            last = trainer.state.log_history[-1]
+            result["evaluation"] = {k: v for k, v in last.items() if k.startswith("eval_")}
+    save_final(trainer, recipe)
     if main:
         atomic_write(summary, json.dumps(result, indent=2) + "\n")
     return result
@@ -235,7 +259,7 @@ def make_config(recipe: Recipe) -> Any:
         settings["max_length"] = recipe.data.max_length
     try:
         return config_class(**settings)
-    except (TypeError, ValueError) as error:  # how transformers refuses values
+    except (TypeError, ValueError, ImportError, OSError) as error:  # how it refuses values
         raise PrefoptError(f"trainer: {error}") from error
 
 
@@ -250,32 +274,43 @@ def make_trainer(
     datasets: list[Any] = [rows.train, rows.evaluation]
     if trainer_class is not SFTTrainer:
         datasets = [None if part is None else pair_dataset(part) for part in datasets]
-    trainer = trainer_class(
-        _load_model(recipe, tokenizer),
-        args,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1],
-        processing_class=tokenizer,
-        peft_config=_lora(recipe),
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar(recipe.name)],
-    )
+    model = _load_model(recipe, tokenizer)
+    try:
+        trainer = trainer_class(
+            model,
+            args,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
+            processing_class=tokenizer,
+            peft_config=_lora(recipe),
+            callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar(recipe.name)],
+        )
+    except (ValueError, RuntimeError) as error:  # how transformers, PEFT, TRL refuse settings
+        raise PrefoptError(f"{recipe.trainer.algorithm}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
 
 
-def save_final(trainer: Trainer, folder: Path) -> None:
+def save_final(trainer: Trainer, recipe: Recipe) -> None:
     """Writes ``final/``: a plain Hugging Face model; an adapter is merged, and kept beside it."""
+    folder = Path(recipe.run_dir)
     partial, final = folder / ".final.partial", folder / "final"
     main = trainer.accelerator.is_main_process
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        trainer.save_model(str(folder / "adapter"))
-        if main:
-            model.merge_and_unload().save_pretrained(partial)
-            trainer.processing_class.save_pretrained(partial)
-    else:
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:  # otherwise save_model writes nothing that others can load
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    if recipe.model.lora is None:
         trainer.save_model(str(partial))
+    else:
+        trainer.save_model(str(folder / "adapter"))
+        if main:  # from disk, because in memory the model may be sharded
+            from peft import PeftModel
+
+            base = _load_model(recipe, trainer.processing_class)
+            merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+            merged.save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
     trainer.accelerator.wait_for_everyone()
     if main:
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to readers
@@ -292,7 +327,7 @@ def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         "trust_remote_code": model.trust_remote_code,
     }
     if recipe.trainer.algorithm == "reward_model":
-        return load_reward_model(model.path, tokenizer, **options)
+        return load_reward_model(model.path, tokenizer, new_head=True, **options)
     policy = load_policy(model.path, **options)
     # whoever generates with the result must stop at the template's end of turn too
     policy.generation_config.eos_token_id = stop_token_ids(tokenizer, policy.generation_config)

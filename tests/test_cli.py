@@ -85,7 +85,13 @@ def test_an_unreadable_gzip(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
         ("trainer.max_length=9", "did you mean 'data.max_length'"),
         ("trainer.learning_rate=fast", "trainer.learning_rate: found 'fast'"),
         ("trainer.loss_type=sigmod", "did you mean 'sigmoid'"),
-        ("trainer.label_smoothing=0.1", "use loss_type 'cdpo'"),
+        ("trainer.label_smoothing=0.1", "no effect on loss_type 'sigmoid'"),
+        ("trainer.eval_strategy=steps", "eval_dataset"),
+        ("trainer.optim=adamw_8bit", "a package is missing"),
+        ("trainer.report_to=wandb", "wandb"),
+        ("trainer.save_total_limit=1", "set 2 or more"),
+        ("trainer.train_sampling_strategy=group_by_length", "expected random or sequential"),
+        ("model.lora={target_modules: [nosuch]}", "nosuch"),
         ("trainer.layout=row", "expected auto, tree or separate"),
         ("model.path=./nowhere", "model path './nowhere'"),
         ("data.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
@@ -156,3 +162,47 @@ def test_report_of_a_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["report", str(recipe.parent / "run")]) == 0
     assert (recipe.parent / "run" / "report.html").exists()
     assert "no such folder" in error_of(capsys, "report", recipe.parent / "nothing").lower()
+
+
+def test_a_model_without_a_score_head_is_no_judge(
+    world: WorldPaths, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = recipe.parent / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": PROMPT, "completion": "3 4 ."}) + "\n")
+    line = error_of(capsys, "eval", "win-rate", answers, answers, "--judge", world.base)
+    assert "not a reward model: it lacks score.weight" in line
+
+
+def test_json_on_stdout_is_json(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_a_run_that_trained_nothing_can_be_corrected(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error_of(capsys, "train", recipe, "trainer.optim=adamw_8bit")
+    assert main(["train", str(recipe)]) == 0
+
+
+def test_soft_labels_that_a_loss_cannot_use_are_refused_before_training(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_text(json.dumps(PAIR | {"p_chosen": 0.7}) + "\n")
+    line = error_of(capsys, "train", recipe, "trainer.loss_type=aot")
+    assert "soft labels" in line
+    assert not (recipe.parent / "run" / "log_probs").exists()
+
+
+def test_a_file_where_a_folder_is_wanted(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (recipe.parent / "file").write_text("")
+    assert "file" in error_of(capsys, "train", recipe, f"run_dir={recipe.parent / 'file'}")
+
+
+def test_a_run_needs_no_git(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert main(["train", str(recipe)]) == 0

@@ -83,6 +83,22 @@ def test_a_run_folder_refuses_another_recipe(world: WorldPaths, tmp_path: Path) 
         stage("dpo", world, tmp_path, "trainer.beta=0.3")
 
 
+def test_checkpoints_of_other_data_are_not_continued(world: WorldPaths, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(world.preferences.read_text())
+    options = [f"data.path={rows}", "trainer.save_strategy=steps", "trainer.save_steps=2"]
+    stage("dpo", world, tmp_path / "run", *options)
+    (tmp_path / "run" / "summary.json").unlink()
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-20]))
+    with pytest.raises(PrefoptError, match="trained with other rows"):
+        stage("dpo", world, tmp_path / "run", *options)
+
+
+def test_held_out_rows_are_evaluated(world: WorldPaths, tmp_path: Path) -> None:
+    summary = stage("dpo", world, tmp_path, "data.eval_fraction=0.2")
+    assert {"eval_loss", "eval_rewards/accuracies"} <= summary["evaluation"].keys()
+
+
 def test_lora_leaves_a_plain_model_and_its_adapter(world: WorldPaths, tmp_path: Path) -> None:
     stage("dpo", world, tmp_path, "model.lora={r: 4}", "trainer.learning_rate=0.01")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

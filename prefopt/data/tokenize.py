@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from prefopt.data.rows import Completion, Demonstration, PreferencePair, Prompt
@@ -55,6 +56,11 @@ class Ragged:
 
     def __iter__(self) -> Iterator[list[int]]:
         return (self[index] for index in range(len(self)))
+
+    def to_arrow(self) -> pa.ListArray:
+        """The rows as an Arrow array of lists that shares the ids."""
+        offsets = pa.array(np.asarray(self._ends), type=pa.int32())
+        return pa.ListArray.from_arrays(offsets, pa.array(np.asarray(self._ids)))
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from httpx import HTTPError
 from huggingface_hub import model_info
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -90,11 +91,12 @@ def load_reward_model(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    new_head: bool = False,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a sequence classifier with one label; a causal LM gets a fresh score head.
+    """Loads a sequence classifier with one label.
 
     Its tokenizer is given a pad token of its own where it has none or shares it with EOS:
     transformers' classifiers read the score at the last token that is not padding, which must be
@@ -103,22 +105,29 @@ def load_reward_model(
     Args:
         path: A local folder or a Hub id.
         tokenizer: The tokenizer, changed in place when it lacks a pad token.
+        new_head: Give a model without a score head, such as a causal LM, a random one to train.
         dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
         revision: A branch, tag or commit on the Hub.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        PrefoptError: Nothing can be loaded from ``path``.
+        PrefoptError: Nothing can be loaded from ``path``, or it has no score head.
     """
-    model = _load(
+    model, info = _load(
         AutoModelForSequenceClassification.from_pretrained,
         path,
         "sequence classifier",
         num_labels=1,
+        output_loading_info=True,
         dtype=_dtype(dtype),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if info["missing_keys"] and not new_head:
+        raise PrefoptError(
+            f"model path {path!r}: not a reward model: it lacks {', '.join(info['missing_keys'])}; "
+            "expected a sequence classifier as `prefopt train` makes it (algorithm reward_model)"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -137,7 +146,7 @@ def _load(load: Callable[..., T], path: str, what: str, **kwargs: Any) -> T:
         kwargs["adapter_kwargs"] = local  # the search for an adapter does not inherit the setting
     try:
         return load(path, **local, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise PrefoptError(
             f"model path {path!r}: no {what} could be loaded; expected a local folder with a "

@@ -6,6 +6,7 @@ other weights, other rows or another precision. A pass that was interrupted goes
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,13 @@ def fill_shards(
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A 128-bit hash over the names, types, shapes and bytes of all weights."""
+    """A 128-bit hash over the config and the names, types, shapes and bytes of all weights."""
     digest = xxhash.xxh3_128()
+    if hasattr(model, "config"):
+        config = model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "architectures"):
+            config.pop(name, None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().view(-1)

@@ -68,6 +68,11 @@ class TreeTrainerConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
 
     def __post_init__(self) -> None:
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise PrefoptError(
+                f"train_sampling_strategy: found {self.train_sampling_strategy!r}, expected random "
+                "or sequential: rows of trees have no padding to save"
+            )
         if self.layout not in ("auto", "tree", "separate"):
             raise PrefoptError(f"layout: found {self.layout!r}, expected auto, tree or separate")
         super().__post_init__()
@@ -98,6 +103,22 @@ class TreeDataset(Dataset):
 
 class CompleteCheckpoints(Trainer):
     """A Trainer whose checkpoints count only once their last file is on the disk."""
+
+    def __init__(self, *, args: Any, **kwargs: Any) -> None:
+        if args.save_total_limit == 1:
+            raise PrefoptError(
+                "save_total_limit=1 would delete the last good checkpoint before the next one is "
+                "complete; set 2 or more"
+            )
+        if args.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible and one is used; start with `accelerate launch "
+                "--num_processes %d -m prefopt train RECIPE` to use all",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            args._n_gpu = 1  # nn.DataParallel cannot split trees
+        super().__init__(args=args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

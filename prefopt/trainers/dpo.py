@@ -5,6 +5,7 @@ DPO: Rafailov et al., arXiv 2305.18290; the other losses are listed in ``docs/ob
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives import needs_reference, pair_loss
-from prefopt.trainers.base import TreeTrainer, TreeTrainerConfig
+from prefopt.trainers.base import TreeDataset, TreeTrainer, TreeTrainerConfig
 from prefopt.trainers.pairs import PairSource, as_trees
 from prefopt.trainers.reference import (
     reference_log_probs,
     report_initial_margins,
     shared_fingerprint,
 )
+
+logger = logging.getLogger(__name__)
+
+SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired")  # losses with label_smoothing
 
 
 @dataclass
@@ -46,10 +51,10 @@ class DPOConfig(TreeTrainerConfig):
             rejected_lengths=one,
             p_chosen=one if self.loss_type == "sppo_soft" else None,
         )
-        if self.label_smoothing and self.loss_type == "sigmoid":
+        if self.label_smoothing and self.loss_type not in SMOOTHED:
             raise PrefoptError(
                 f"trainer.label_smoothing={self.label_smoothing} has no effect on loss_type "
-                "'sigmoid'; use loss_type 'cdpo' or 'robust'"
+                f"{self.loss_type!r}; set it to 0, or use one of {', '.join(SMOOTHED)}"
             )
         super().__post_init__()
 
@@ -75,7 +80,11 @@ class DPOTrainer(TreeTrainer):
         # taken before an adapter is added and before a checkpoint is loaded
         self.fingerprint = shared_fingerprint(model) if self.uses_reference else ""
         self.new_adapter = kwargs.get("peft_config") is not None
-        super().__init__(model, args, **as_trees(args, train_dataset, kwargs))
+        arguments = as_trees(args, train_dataset, kwargs)
+        for name in ("train_dataset", "eval_dataset"):
+            if arguments[name] is not None:
+                check_columns(args.loss_type, arguments[name], name)
+        super().__init__(model, args, **arguments)
 
     def before_training(self, resumed: bool) -> None:
         """Stores the reference log-probs and states the margins at step 0."""
@@ -95,6 +104,11 @@ class DPOTrainer(TreeTrainer):
         """The pair loss and the metrics TRL's users know."""
         trees, args = inputs["trees"], self.args
         log_probs = sequence_log_probs(model, trees)
+        if self.uses_reference and "reference" not in inputs:
+            raise PrefoptError(
+                "this data set has no reference log-probs: hand it in as train_dataset or "
+                "eval_dataset and call train(), which computes them"
+            )
         reference = inputs.get("reference", torch.zeros_like(log_probs))
         losses = pair_loss(
             args.loss_type,
@@ -122,3 +136,21 @@ class DPOTrainer(TreeTrainer):
                 "logps/rejected": log_probs[1::2],
             }
         return losses, metrics
+
+
+def check_columns(loss_type: str, dataset: TreeDataset, name: str) -> None:
+    """Refuses soft labels that a loss cannot use, or that it needs and are not there.
+
+    Raises:
+        PrefoptError: As said.
+    """
+    has_labels = "p_chosen" in dataset.columns
+    if loss_type == "sppo_soft" and not has_labels:
+        raise PrefoptError(f"loss_type 'sppo_soft' needs a column p_chosen in {name}")
+    if loss_type in ("exo_pair", "aot", "aot_unpaired") and has_labels:
+        raise PrefoptError(
+            f"{name} holds soft labels (p_chosen), which loss_type {loss_type!r} does not define; "
+            "remove the column or use another loss, such as sigmoid"
+        )
+    if "margin" in dataset.columns:
+        logger.warning("%s: the margins are not used by dpo", name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -131,6 +132,6 @@ def report_initial_margins(trainer: TreeTrainer, beta: float) -> float:
 
 @contextmanager
 def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    with Progress(disable=not show, transient=True) as bar:
+    with Progress(console=Console(stderr=True), disable=not show, transient=True) as bar:
         task = bar.add_task("reference log-probs", total=total)
         yield lambda done: bar.advance(task, done)

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig as TRLSFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
+from prefopt.data.tokenize import Ragged
 from prefopt.trainers.base import CompleteCheckpoints
 
 
@@ -74,12 +76,10 @@ class SFTTrainer(CompleteCheckpoints, TRLSFTTrainer):
 
 def _with_mask(rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
     """Joins prompt and completion; the mask is 1 on the tokens that bear loss."""
-    return datasets.Dataset.from_list(
-        [
-            {
-                "input_ids": row["prompt_ids"] + row["completion_ids"],
-                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]),
-            }
-            for row in rows
-        ]
-    )
+    ids, mask = Ragged(), Ragged()
+    for row in rows:
+        prompt, completion = row["prompt_ids"], row["completion_ids"]
+        ids.append(prompt + completion)
+        mask.append([0] * len(prompt) + [1] * len(completion))
+    table = pa.table({"input_ids": ids.to_arrow(), "completion_mask": mask.to_arrow()})
+    return datasets.Dataset(table)

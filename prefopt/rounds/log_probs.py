@@ -17,6 +17,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from prefopt.data.tree import Layout, PromptTree, collate_trees
 from prefopt.errors import PrefoptError
@@ -134,8 +135,8 @@ def fill_shards(
 def weights_fingerprint(model: nn.Module) -> str:
     """A 128-bit hash over the config and the names, types, shapes and bytes of all weights."""
     digest = xxhash.xxh3_128()
-    if hasattr(model, "config"):
-        config = model.config.to_dict()
+    if isinstance(config_of := getattr(model, "config", None), PreTrainedConfig):
+        config = config_of.to_dict()
         for name in ("_name_or_path", "transformers_version", "architectures"):
             config.pop(name, None)
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())

@@ -248,6 +248,8 @@ def make_config(recipe: Recipe) -> Any:
     settings: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
         "seed": recipe.seed,
+        # said outright, because several processes without a GPU are joined only then
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": bf16 and not recipe.trainer.options.get("fp16"),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,  # the bar is ours

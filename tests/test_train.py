@@ -209,3 +209,25 @@ def test_switching_the_algorithm_needs_no_other_change(world: WorldPaths, tmp_pa
     for name in ("dpo", "reward_model"):
         overrides = [f"trainer.algorithm={name}", f"run_dir={tmp_path / name}"]
         assert train(read_recipe(recipe, overrides))["steps"] == 1
+
+
+# about 20 s: two interpreters import torch and transformers
+def test_two_processes_give_the_losses_of_one(world: WorldPaths, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {world.base}}}\ndata: {{path: {world.preferences}}}\nrun_dir: {tmp_path}/two\n"
+        "trainer: {algorithm: dpo, max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1,"
+        " learning_rate: 1.0e-3, train_sampling_strategy: sequential}\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, "-m", "prefopt", "train", str(recipe)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one = [f"run_dir={tmp_path}/one", "trainer.per_device_train_batch_size=8"]
+    train(read_recipe(recipe, one))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()]
+        for n in ("one", "two")
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")

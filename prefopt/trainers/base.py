@@ -62,6 +62,9 @@ class TreeTrainerConfig(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained weight takes part in every loss."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Never hide a loss that is not finite."}
     )

@@ -22,6 +22,7 @@ from prefopt.reward_models import RewardModel
 from prefopt.train import read_recipe, train
 from prefopt.world import WorldPaths, build_world
 
+STORIES = Path("../shared/data/tiny_lm/stories260K-hf")
 QUICKSTART = Path("recipes/quickstart")
 SHORT = ["trainer.per_device_train_batch_size=8", "trainer.max_steps=6", "trainer.logging_steps=2"]
 
@@ -215,7 +216,8 @@ def test_switching_the_algorithm_needs_no_other_change(world: WorldPaths, tmp_pa
 def test_two_processes_give_the_losses_of_one(world: WorldPaths, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{path: {world.base}}}\ndata: {{path: {world.preferences}}}\nrun_dir: {tmp_path}/two\n"
+        f"model: {{path: {world.base}}}\ndata: {{path: {world.preferences}}}\n"
+        f"run_dir: {tmp_path}/two\n"
         "trainer: {algorithm: dpo, max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1,"
         " learning_rate: 1.0e-3, train_sampling_strategy: sequential}\n"
     )
@@ -231,3 +233,16 @@ def test_two_processes_give_the_losses_of_one(world: WorldPaths, tmp_path: Path)
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final")
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="../shared is not there")
+def test_a_real_checkpoint_trains_one_dpo_step(world: WorldPaths, tmp_path: Path) -> None:
+    template = "recipes/examples/plain-chat.jinja"
+    options = [f"model.path={STORIES}", f"model.chat_template={template}"]
+    step = ["trainer.max_steps=1", "trainer.warmup_steps=0", "trainer.lr_scheduler_type=constant"]
+    assert stage("dpo", world, tmp_path, *options, *step)["steps"] == 1
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (STORIES, tmp_path / "final")
+    )
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved, "one step moves the weights"

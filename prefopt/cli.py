@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 after an error that the user can mend (one line on stderr).
     """
     arguments = build_parser().parse_args(argv)
+    # before torch is imported: threads that spin while they wait stall each other on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         result = arguments.run(arguments)
     except PrefoptError as error:

@@ -233,6 +233,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     save_final(trainer, recipe)
     if main:
         atomic_write(summary, json.dumps(result, indent=2) + "\n")
+    trainer.accelerator.wait_for_everyone()  # a process that exits early takes the others along
     return result
 
 

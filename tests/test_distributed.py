@@ -233,7 +233,7 @@ def results(task) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -138,6 +138,16 @@ def test_the_reference_of_an_adapter_is_the_model_below_it(make_trainer, tiny_ll
     assert folders[0][0].name == folders[1][0].name, "one store serves both"
 
 
+def test_the_reference_is_taken_without_dropout(make_trainer, tiny_llama, random_trees) -> None:
+    model = tiny_llama(sharpness=3.0, attention_dropout=0.3)
+    trainer = make_trainer(model=model, disable_dropout=False, layout="tree")
+    chosen, rejected = pair_log_probs(model, random_trees([2] * 29))
+    model.train()
+    trainer.before_training(resumed=False)
+    found = torch.stack(list(trainer.train_dataset.columns["reference"]))
+    assert torch.allclose(found, torch.stack([chosen, rejected], 1), rtol=0, atol=1e-4)
+
+
 class Interrupt(TrainerCallback):
     """Ends the process, as it were, after a step."""
 
@@ -273,7 +283,7 @@ def test_another_setting_has_a_reference_of_its_own(
     assert len(list((tmp_path / "shared").iterdir())) == 2
 
 
-def mean_log_probs(model: nn.Module, trees: list[PromptTree]) -> tuple[Tensor, Tensor]:
+def pair_log_probs(model: nn.Module, trees: list[PromptTree]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         values = sequence_log_probs(model.eval(), collate_trees(trees))
     return values[0::2], values[1::2]
@@ -291,12 +301,12 @@ def test_what_training_reports(make_trainer, random_trees) -> None:
         optim="sgd",
         learning_rate=0.05,
     )
-    chosen, rejected = mean_log_probs(trainer.model, trees)
+    chosen, rejected = pair_log_probs(trainer.model, trees)
     states: list[tuple[Tensor, Tensor]] = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            states.append(mean_log_probs(trainer.model, trees))
+            states.append(pair_log_probs(trainer.model, trees))
 
     trainer.add_callback(Watch())
     trainer.train()
@@ -335,9 +345,9 @@ def test_what_evaluation_reports(make_trainer, random_trees) -> None:
         eval_steps=2,
         max_steps=4,
     )
-    before = mean_log_probs(trainer.model, held_out)
+    before = pair_log_probs(trainer.model, held_out)
     trainer.train()
-    after = mean_log_probs(trainer.model, held_out)
+    after = pair_log_probs(trainer.model, held_out)
     rewards = [0.1 * (now - then) for now, then in zip(after, before, strict=True)]
     margins = rewards[0] - rewards[1]
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

@@ -124,11 +124,13 @@ class CompleteCheckpoints(Trainer):
         super().__init__(args=args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self.args.should_save:  # an older run's marker must not vouch for what comes now
+            (folder / COMPLETE_MARKER).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            step = self.state.global_step
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             sync_tree(folder)
             atomic_write(folder / COMPLETE_MARKER, json.dumps({"step": step}))
 

@@ -1,6 +1,6 @@
 """A reward model on real preferences: the harmless pairs of HH, five folds split by prompt.
 
-The model is a small Llama trained from scratch; its BPE vocabulary is learned from the training
+The model is a small GPT-NeoX trained from scratch; its BPE vocabulary is learned from the training
 folds' text alone. The rule "the shorter answer is better" and a logistic regression on differences
 of TF-IDF vectors are measured on the same folds. ``results/hh_reward_model.json`` keeps the
 numbers, and ``SETTINGS`` says below how its values were found.
@@ -27,7 +27,7 @@ from rich.table import Table
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -40,11 +40,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "hh" / "hh_harmless_1899.jsonl.gz"
 FOLDS = 5
 SPLIT_SEED = 0
+TARGET = 0.60
 
 Row = dict[str, str]
 Scores = NDArray[np.float64]
 
-# HOW CHOSEN
+# Chosen among about 20 settings (architecture, width, dropout, epochs, learning rate, vocabulary)
+# by five inner folds of the training part of fold 0: mean accuracy there 0.605. The outer folds
+# were then run once.
 SETTINGS: dict[str, Any] = {
     "vocabulary": 4000,
     "model": {
@@ -52,15 +55,19 @@ SETTINGS: dict[str, Any] = {
         "intermediate_size": 256,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
-        "initializer_range": 0.02,
+        "hidden_dropout": 0.3,
+        "attention_dropout": 0.3,
+        "classifier_dropout": 0.1,
+        "max_position_embeddings": 4096,
     },
     "trainer": {
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
-        "num_train_epochs": 2,
+        "num_train_epochs": 3,
         "per_device_train_batch_size": 32,
+        "disable_dropout": False,
     },
 }
 TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True}
@@ -111,7 +118,7 @@ def reward_model(train: Sequence[Row], held_out: Sequence[Row], **changes: Any) 
     texts = [row[name] for row in train for name in ("prompt", "chosen", "rejected")]
     tokenizer = learn_tokenizer(texts, SETTINGS["vocabulary"])
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = GPTNeoXConfig(
         vocab_size=len(tokenizer),
         num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
@@ -132,7 +139,7 @@ def reward_model(train: Sequence[Row], held_out: Sequence[Row], **changes: Any) 
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = RewardModelTrainer(
-            LlamaForSequenceClassification(config),
+            GPTNeoXForSequenceClassification(config),
             args,
             train,
             eval_dataset=held_out,
@@ -185,6 +192,22 @@ def run_folds(rows: Sequence[Row], folds: Sequence[int], **changes: Any) -> dict
     return {"scores": scores, "rows": held_out_rows, "seconds": seconds}
 
 
+def learning_curve(rows: Sequence[Row], full: float) -> list[dict[str, float]]:
+    """Mean held-out accuracy over the folds by the share of the training rows that is used."""
+    fold = fold_of_each(rows, FOLDS, SPLIT_SEED)
+    curve = []
+    for share in CURVE:
+        accuracies = []
+        for k in range(FOLDS):
+            train = [row for row, f in zip(rows, fold, strict=True) if f != k]
+            held_out = [row for row, f in zip(rows, fold, strict=True) if f == k]
+            part = random.Random(k).sample(train, round(share * len(train)))
+            accuracies.append(correct(reward_model(part, held_out)).mean())
+        curve.append({"share": share, "accuracy": float(np.mean(accuracies))})
+    return [*curve, {"share": 1.0, "accuracy": full}]
+
+
+CURVE = (0.25, 0.5)
 METHODS = ("reward model", "TF-IDF differences", "shorter answer")
 
 
@@ -284,6 +307,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         **summarise(run_folds(rows, range(options.folds))),
     }
     print_summary(result)
+    full = result["methods"][METHODS[0]]["mean"]
+    if full <= TARGET and options.folds == FOLDS:
+        result["learning_curve"] = learning_curve(rows, full)
+        points = (f"{p['share']:.0%} {p['accuracy']:.3f}" for p in result["learning_curve"])
+        print(f"accuracy {full:.3f} misses the target of {TARGET}; by share of rows:", *points)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "hh_reward_model.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

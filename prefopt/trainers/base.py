@@ -192,6 +192,13 @@ class TreeTrainer(CompleteCheckpoints):
         """
         raise NotImplementedError
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The precision forward passes run in: autocast's, or that of the weights."""
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else next(self.model.parameters()).dtype
+
     def before_training(self, resumed: bool) -> None:
         """Runs once the model is wrapped, before the first step; decides on the layout."""
         if self.args.layout == "auto":
@@ -201,10 +208,7 @@ class TreeTrainer(CompleteCheckpoints):
             else:
                 self.model_wrapped.eval()
                 first = self.train_dataset.trees[: 4 * self.args.train_batch_size]
-                half = torch.bfloat16 if self.args.bf16 else torch.float16
-                mixed = self.args.bf16 or self.args.fp16
-                dtype = half if mixed else next(self.model.parameters()).dtype
-                self.layout = layout_for(self.model_wrapped, first, dtype)
+                self.layout = layout_for(self.model_wrapped, first, self.compute_dtype)
         else:
             self.layout = self.args.layout
 

@@ -54,13 +54,12 @@ def reference_log_probs(
         PrefoptError: The run was resumed and the stored values are gone.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else next(trainer.model.parameters()).dtype
     key = store_key(
         fingerprint,
         trees_fingerprint(dataset.trees),
         args.max_prompt_length,
         args.max_length,
-        dtype,
+        trainer.compute_dtype,
         trainer.layout,
     )
     folder = Path(args.log_probs_dir or Path(args.output_dir) / "log_probs") / f"reference-{key}"

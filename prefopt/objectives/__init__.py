@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from prefopt.objectives.pair import PAIR_LOSSES, Pairs, needs_reference, pair_loss
+from prefopt.objectives.pair import (
+    HARD_LABELS_ONLY,
+    PAIR_LOSSES,
+    Pairs,
+    needs_reference,
+    pair_loss,
+)
 from prefopt.objectives.reward import bradley_terry_loss
 
-__all__ = ["PAIR_LOSSES", "Pairs", "bradley_terry_loss", "needs_reference", "pair_loss"]
+__all__ = [
+    "HARD_LABELS_ONLY",
+    "PAIR_LOSSES",
+    "Pairs",
+    "bradley_terry_loss",
+    "needs_reference",
+    "pair_loss",
+]

@@ -277,7 +277,8 @@ PAIR_LOSSES: Mapping[str, Callable[[Pairs], Tensor]] = {
     "simpo": simpo,
 }
 
-_HARD_LABELS_ONLY = {
+# Losses for which soft labels are not defined, and why.
+HARD_LABELS_ONLY = {
     "exo_pair": "its target is 1 - label_smoothing and an average over labels would fit another",
     "aot": "it sorts across the batch and no longer knows which pair a label belongs to",
     "aot_unpaired": "it sorts across the batch and no longer knows which pair a label belongs to",
@@ -389,9 +390,9 @@ def pair_loss(
     )
     if name == "sppo_soft" or pairs.p_chosen is None:
         return loss(pairs)
-    if name in _HARD_LABELS_ONLY:
+    if name in HARD_LABELS_ONLY:
         raise PrefoptError(
-            f"{name}: found soft labels in p_chosen, expected None: {_HARD_LABELS_ONLY[name]}; "
+            f"{name}: found soft labels in p_chosen, expected None: {HARD_LABELS_ONLY[name]}; "
             "drop p_chosen or use the loss 'sigmoid'"
         )
     return expected_loss(pairs.p_chosen, loss(pairs), loss(pairs.swapped()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
-from prefopt.objectives import needs_reference, pair_loss
+from prefopt.objectives import HARD_LABELS_ONLY, needs_reference, pair_loss
 from prefopt.trainers.base import TreeDataset, TreeTrainer, TreeTrainerConfig
 from prefopt.trainers.pairs import PairSource, as_trees
 from prefopt.trainers.reference import (
@@ -147,7 +147,7 @@ def check_columns(loss_type: str, dataset: TreeDataset, name: str) -> None:
     has_labels = "p_chosen" in dataset.columns
     if loss_type == "sppo_soft" and not has_labels:
         raise PrefoptError(f"loss_type 'sppo_soft' needs a column p_chosen in {name}")
-    if loss_type in ("exo_pair", "aot", "aot_unpaired") and has_labels:
+    if loss_type in HARD_LABELS_ONLY and has_labels:
         raise PrefoptError(
             f"{name} holds soft labels (p_chosen), which loss_type {loss_type!r} does not define; "
             "remove the column or use another loss, such as sigmoid"

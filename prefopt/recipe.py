@@ -109,8 +109,16 @@ class DataSection(Section):
 class JudgeSection(Section):
     """What scores completions."""
 
-    kind: Literal["reward_model"]
+    kind: Literal["reward_model", "preference_model"]
     path: Text  # a local folder or a Hub id
+
+
+class SamplingPart(Section):
+    """One of several settings that share a prompt's samples; what is null is the section's."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
 
 
 class RolloutSection(Section):
@@ -122,7 +130,17 @@ class RolloutSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps the whole vocabulary
     max_new_tokens: Count = 512
-    batch_size: Count = 16  # prompts in one call of the engine
+    batch_size: Count = 64  # completions generated at a time
+    mix: Annotated[list[SamplingPart], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> RolloutSection:
+        if self.mix and self.samples_per_prompt % len(self.mix):
+            raise ValueError(
+                f"expected 'rollout.samples_per_prompt' to be a multiple of the {len(self.mix)} "
+                f"parts of 'rollout.mix', found {self.samples_per_prompt}"
+            )
+        return self
 
 
 class TrainerSection(Section):

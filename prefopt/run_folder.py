@@ -27,14 +27,15 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 def check_run(recipe: Recipe) -> None:
-    """Refuses to go on with what another recipe has trained.
+    """Refuses to go on with what another recipe has sampled or trained.
 
     Raises:
-        PrefoptError: The folder holds checkpoints or the result of another recipe.
+        PrefoptError: The folder holds rounds, checkpoints or the result of another recipe.
     """
     folder = Path(recipe.run_dir)
     stored = folder / "recipe.yaml"
-    trained = (folder / "summary.json").exists() or last_complete_checkpoint(folder / "checkpoints")
+    begun = any((folder / name).exists() for name in ("summary.json", "rounds/start.json"))
+    trained = begun or last_complete_checkpoint(folder / "checkpoints")
     if not trained or not stored.exists():
         return
     different = sorted(_differences(load_recipe(stored).resolved(), recipe.resolved()))
@@ -142,7 +143,10 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the bar on."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+            # the last round of a run may have fewer steps than were planned for it
+            self.bar.update(
+                self.bar.task_ids[0], completed=state.global_step, total=state.max_steps
+            )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefopt.data.tokenize import Ragged, TokenizedDemonstrations, TokenizedPairs
+from prefopt.data.tokenize import Ragged, TokenizedDemonstrations, TokenizedPairs, TokenizedPrompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def data_report(
-    tokenized: TokenizedPairs | TokenizedDemonstrations,
+    tokenized: TokenizedPairs | TokenizedDemonstrations | TokenizedPrompts,
     tokenizer: PreTrainedTokenizerBase,
     *,
     invalid: Mapping[str, int] | None = None,
@@ -24,7 +24,7 @@ def data_report(
     """Describes a tokenised data set.
 
     Args:
-        tokenized: Pairs or demonstrations.
+        tokenized: Pairs, demonstrations or prompts.
         tokenizer: The tokenizer that made them.
         invalid: Bad rows by kind, as `prefopt.data.rows.validate` counts them.
 
@@ -41,7 +41,8 @@ def data_report(
         - ``duplicates``: rows with the tokens of an earlier row elsewhere; the copies that a
           mixture's weight makes are not counted;
         - ``example``: ``where``, and for each answer a list of {"text", "loss"}: the text that the
-          model reads, special tokens included, and whether it bears loss.
+          model reads, special tokens included, and whether it bears loss; ``prompt`` where there
+          are no answers.
     """
     columns = {
         name.removesuffix("_ids"): column
@@ -84,6 +85,8 @@ def _example(
 ) -> dict[str, Any]:
     prompt = _decode(tokenizer, item["prompt_ids"])
     example: dict[str, Any] = {"where": item["where"]}
+    if not answers:
+        example["prompt"] = [{"text": prompt, "loss": False}]
     for name in answers:
         # Decoded together: SentencePiece-like tokenizers drop the space before a lone answer.
         whole = _decode(tokenizer, item["prompt_ids"] + item[f"{name}_ids"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from prefopt.data.rows import Completion, Demonstration, PreferencePair, Prompt
@@ -77,12 +78,14 @@ class DropCounts:
         answer_too_long: Prompts that with an answer have more than ``max_length`` tokens.
         stop_token_inside: Answers whose text holds a stop token, such as "<|im_end|>".
         identical: Pairs whose two answers are the same tokens.
+        duplicate: Prompts that occurred before, where each is wanted once.
     """
 
     prompt_too_long: int = 0
     answer_too_long: int = 0
     stop_token_inside: int = 0
     identical: int = 0
+    duplicate: int = 0
 
     @property
     def total(self) -> int:
@@ -108,6 +111,14 @@ class Tokenized:
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns = {name: column for name, column in vars(self).items() if name != "dropped"}
         return {name: column[index] for name, column in columns.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A 128-bit hash over all columns of all items, in order."""
+        digest = xxhash.xxh3_128()
+        for index in range(len(self)):
+            digest.update(repr(self[index]).encode())
+        return digest.hexdigest()
 
 
 @dataclass
@@ -139,9 +150,10 @@ class TokenizedDemonstrations(Tokenized):
 
 @dataclass
 class TokenizedPrompts(Tokenized):
-    """Prompts as token ids, with the text that a judge reads."""
+    """Prompts as token ids, with the text that a judge reads, and their places."""
 
     prompt: list[Prompt] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
 
 
 def tokenize_pairs(
@@ -207,15 +219,27 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None,
+    distinct: bool = False,
 ) -> TokenizedPrompts:
-    """Tokenises prompts to be answered, with the limit and errors of `tokenize_pairs`."""
+    """Tokenises prompts to be answered, with the limit and errors of `tokenize_pairs`.
+
+    With ``distinct``, a prompt whose tokens occurred before is left out: samples of equal prompts
+    would be equal.
+    """
     kept = TokenizedPrompts()
+    seen: set[tuple[int, ...]] = set()
     limits = _Limits(tokenizer, max_prompt_length, None, kept.dropped)
     items = ((prompt, f"prompt {i}", prompt, ()) for i, prompt in enumerate(prompts, start=1))
-    for prompt, prompt_ids, _ in _encode(items, tokenizer):
-        if limits.accept(prompt_ids, []):
-            kept.prompt_ids.append(prompt_ids)
-            kept.prompt.append(prompt)
+    for number, (prompt, prompt_ids, _) in enumerate(_encode(items, tokenizer), start=1):
+        if not limits.accept(prompt_ids, []):
+            continue
+        if distinct and tuple(prompt_ids) in seen:
+            kept.dropped.duplicate += 1
+            continue
+        seen.add(tuple(prompt_ids))
+        kept.prompt_ids.append(prompt_ids)
+        kept.prompt.append(prompt)
+        kept.where.append(f"prompt {number}")
     limits.check_some_left(len(kept))
     return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefopt.objectives.inpo import inpo_loss
 from prefopt.objectives.pair import (
     HARD_LABELS_ONLY,
     PAIR_LOSSES,
@@ -16,6 +17,7 @@ __all__ = [
     "PAIR_LOSSES",
     "Pairs",
     "bradley_terry_loss",
+    "inpo_loss",
     "needs_reference",
     "pair_loss",
 ]

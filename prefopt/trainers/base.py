@@ -201,16 +201,19 @@ class TreeTrainer(CompleteCheckpoints):
 
     def before_training(self, resumed: bool) -> None:
         """Runs once the model is wrapped, before the first step; decides on the layout."""
-        if self.args.layout == "auto":
-            if not supports_tree_attention(self.model):
-                logger.warning("this model's attention cannot run on trees: layout 'separate'")
-                self.layout = "separate"
-            else:
-                self.model_wrapped.eval()
-                first = self.train_dataset.trees[: 4 * self.args.train_batch_size]
-                self.layout = layout_for(self.model_wrapped, first, self.compute_dtype)
-        else:
+        self.choose_layout(self.train_dataset.trees)
+
+    def choose_layout(self, trees: Sequence[PromptTree]) -> None:
+        """Takes the layout asked for, or the one that a check on the first trees finds right."""
+        if self.args.layout != "auto":
             self.layout = self.args.layout
+        elif not supports_tree_attention(self.model):
+            logger.warning("this model's attention cannot run on trees: layout 'separate'")
+            self.layout = "separate"
+        else:
+            self.model_wrapped.eval()
+            first = trees[: 4 * self.args.train_batch_size]
+            self.layout = layout_for(self.model_wrapped, first, self.compute_dtype)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A list of data-set rows as one batch."""
@@ -232,6 +235,8 @@ class TreeTrainer(CompleteCheckpoints):
         """The sum of losses over the number of trees in the global batch, times the ranks."""
         trees: TreeBatch = inputs["trees"]
         losses, metrics = self.tree_losses(model, inputs)
+        if inputs.get("filler"):  # there so that all processes take the same steps
+            return losses.sum() * 0
         mode = "train" if model.training else "eval"
         self._metrics[mode].add(metrics | _length_metrics(trees))
         if mode == "train":
@@ -269,8 +274,9 @@ class TreeTrainer(CompleteCheckpoints):
         """Adds the averaged metrics and the speed since the last line."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = "eval_" if mode == "eval" else ""
-        averages = self._metrics[mode].drain(self.accelerator)
-        logs = logs | {prefix + name: value for name, value in averages.items()}
+        if mode == "eval" or "loss" in logs:
+            averages = self._metrics[mode].drain(self.accelerator)
+            logs = logs | {prefix + name: value for name, value in averages.items()}
         if mode == "train" and "loss" in logs:
             now = time.perf_counter()
             tokens = self.accelerator.gather(torch.tensor(self._tokens, device=self.args.device))

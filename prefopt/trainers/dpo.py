@@ -96,46 +96,68 @@ class DPOTrainer(TreeTrainer):
                 self, dataset, self.fingerprint, adapter=self.new_adapter, resumed=resumed
             )
         if not resumed:
-            report_initial_margins(self, self.args.beta)
+            report_initial_margins(self, self.train_dataset, self.args.beta)
 
     def tree_losses(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The pair loss and the metrics TRL's users know."""
-        trees, args = inputs["trees"], self.args
-        log_probs = sequence_log_probs(model, trees)
         if self.uses_reference and "reference" not in inputs:
             raise PrefoptError(
                 "this data set has no reference log-probs: hand it in as train_dataset or "
                 "eval_dataset and call train(), which computes them"
             )
-        reference = inputs.get("reference", torch.zeros_like(log_probs))
-        losses = pair_loss(
-            args.loss_type,
-            log_probs[0::2],
-            log_probs[1::2],
-            reference[0::2],
-            reference[1::2],
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            chosen_lengths=trees.lengths[0::2],
-            rejected_lengths=trees.lengths[1::2],
-            p_chosen=inputs.get("p_chosen"),
-            gamma=args.gamma,
-            tau=args.tau,
-        )
-        with torch.no_grad():
-            rewards = args.beta * (log_probs - reference)
-            margins = rewards[0::2] - rewards[1::2]
-            metrics = {
-                "rewards/chosen": rewards[0::2],
-                "rewards/rejected": rewards[1::2],
-                "rewards/margins": margins,
-                "rewards/accuracies": (margins > 0).float(),
-                "logps/chosen": log_probs[0::2],
-                "logps/rejected": log_probs[1::2],
-            }
-        return losses, metrics
+        return dpo_losses(self.args, inputs, sequence_log_probs(model, inputs["trees"]))
+
+
+def dpo_losses(
+    args: DPOConfig, inputs: dict[str, Any], log_probs: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each pair that a config asks for, and its metrics, each [pairs].
+
+    Args:
+        args: The config.
+        inputs: A batch of pairs: ``trees``, and ``reference`` and ``p_chosen`` where there are any.
+        log_probs: The policy's, [2 pairs], chosen and rejected in turn.
+    """
+    trees = inputs["trees"]
+    reference = inputs.get("reference", torch.zeros_like(log_probs))
+    losses = pair_loss(
+        args.loss_type,
+        log_probs[0::2],
+        log_probs[1::2],
+        reference[0::2],
+        reference[1::2],
+        beta=args.beta,
+        label_smoothing=args.label_smoothing,
+        chosen_lengths=trees.lengths[0::2],
+        rejected_lengths=trees.lengths[1::2],
+        p_chosen=inputs.get("p_chosen"),
+        gamma=args.gamma,
+        tau=args.tau,
+    )
+    return losses, pair_metrics(log_probs, reference, args.beta)
+
+
+def pair_metrics(log_probs: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
+    """The metrics of pairs under TRL's names, each [pairs].
+
+    Args:
+        log_probs: The policy's, [2 pairs], chosen and rejected in turn.
+        reference: The reference's, likewise.
+        beta: Reward per nat of log-ratio.
+    """
+    with torch.no_grad():
+        rewards = beta * (log_probs - reference)
+        margins = rewards[0::2] - rewards[1::2]
+        return {
+            "rewards/chosen": rewards[0::2],
+            "rewards/rejected": rewards[1::2],
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float(),
+            "logps/chosen": log_probs[0::2],
+            "logps/rejected": log_probs[1::2],
+        }
 
 
 def check_columns(loss_type: str, dataset: TreeDataset, name: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.log_probs import (
@@ -63,27 +65,64 @@ def reference_log_probs(
         trainer.layout,
     )
     folder = Path(args.log_probs_dir or Path(args.output_dir) / "log_probs") / f"reference-{key}"
-    shards = LogProbShards(folder, [len(tree.completions) for tree in dataset.trees])
+    unwrapped = accelerator.unwrap_model(trainer.model_wrapped)
+    return stored_log_probs(
+        trainer,
+        dataset.trees,
+        folder,
+        weights=unwrapped.disable_adapter() if adapter else nullcontext(),
+        moved=resumed and not adapter,
+    )
+
+
+def stored_log_probs(
+    trainer: TreeTrainer,
+    trees: Sequence[PromptTree],
+    folder: Path,
+    *,
+    weights: AbstractContextManager[Any],
+    moved: bool,
+) -> list[Tensor]:
+    """Reads log-probs under frozen weights, computing first what is not on disk.
+
+    Args:
+        trainer: The trainer, with its model wrapped.
+        trees: The trees.
+        folder: Where they are kept; its name says what they depend on.
+        weights: Gives the model those weights; entered only if something is missing.
+        moved: Whether the weights are past, so that nothing can be computed any more.
+
+    Returns:
+        One float32 tensor [completions] a tree.
+
+    Raises:
+        PrefoptError: Something is missing and the weights are past.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    shards = LogProbShards(folder, [len(tree.completions) for tree in trees])
     missing = shards.missing()
     accelerator.wait_for_everyone()  # no rank may write before all have seen what is missing
-    if missing and resumed and not adapter:
+    if missing and moved:
         raise PrefoptError(
-            f"{folder}: the reference log-probs of this run are gone and its weights have moved; "
-            "restore the folder, or delete the checkpoints to begin again"
+            f"{folder}: log-probs of this run are gone and its weights have moved; restore the "
+            "folder, or delete the checkpoints to begin again"
         )
     if missing:
         model = trainer.model_wrapped
         model.eval()
-        unwrapped = accelerator.unwrap_model(model)
         rows = sum(len(shards.trees_in(s)) for s in missing)
         with (
-            unwrapped.disable_adapter() if adapter else nullcontext(),
+            weights,
             trainer.compute_loss_context_manager(),
-            _progress(rows // accelerator.num_processes, show=accelerator.is_main_process) as step,
+            progress_bar(
+                f"log-probs ({folder.name})",
+                rows // accelerator.num_processes,
+                show=accelerator.is_main_process,
+            ) as step,
         ):
             fill_shards(
                 shards,
-                dataset.trees,
+                trees,
                 model,
                 missing=missing,
                 layout=trainer.layout,
@@ -93,17 +132,21 @@ def reference_log_probs(
                 progress=step,
             )
         accelerator.wait_for_everyone()
-    logger.info("reference log-probs of %d rows: %s", len(dataset), folder)
+    logger.info("log-probs of %d rows: %s", len(trees), folder)
     return shards.load()
 
 
-def report_initial_margins(trainer: TreeTrainer, beta: float) -> float:
+def report_initial_margins(trainer: TreeTrainer, dataset: TreeDataset, beta: float) -> float:
     """Logs the reward margins of the first rows before the first step; they must be about 0.
+
+    Args:
+        trainer: The trainer, before its first step.
+        dataset: Pairs with a column ``reference``.
+        beta: Of the reward.
 
     Returns:
         The largest absolute margin, in units of reward (beta times nats).
     """
-    dataset: TreeDataset = trainer.train_dataset
     rows = [dataset[i] for i in range(min(trainer.args.train_batch_size, len(dataset)))]
     batch = trainer.collate(rows)
     trainer.model_wrapped.eval()
@@ -130,7 +173,8 @@ def report_initial_margins(trainer: TreeTrainer, beta: float) -> float:
 
 
 @contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A transient bar on stderr; yields a function to be told of each advance."""
     with Progress(console=Console(stderr=True), disable=not show, transient=True) as bar:
-        task = bar.add_task("reference log-probs", total=total)
+        task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)

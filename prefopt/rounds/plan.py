@@ -1,0 +1,69 @@
+"""Which prompts each round takes, decided before the first one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from prefopt.errors import PrefoptError
+
+
+@dataclass(frozen=True)
+class PlannedRound:
+    """The prompts of one round.
+
+    Attributes:
+        prompts: Indices into the prompt set, in the order they are sampled.
+        passes: For each of them, which pass over the prompt set it belongs to, from 0. A prompt
+            occurs at most once a pass, so (prompt, pass) is unique in a round.
+    """
+
+    prompts: list[int]
+    passes: list[int]
+
+
+def plan_rounds(
+    num_prompts: int, *, rounds: int | None, prompts_per_round: int | None, seed: int
+) -> list[PlannedRound]:
+    """Deals prompts to rounds from an endless stream of shuffled passes over the prompt set.
+
+    Every prompt is used equally often, give or take one: a round that begins with what is left of
+    a pass goes on with the next pass.
+
+    Args:
+        num_prompts: Size of the prompt set.
+        rounds: How many rounds; None: as many as one pass over the prompts fills, the last of
+            which may be smaller.
+        prompts_per_round: Prompts in each; None: one pass, in ``rounds`` parts whose sizes differ
+            by at most one.
+        seed: Of the shuffles.
+
+    Raises:
+        PrefoptError: Neither number is given, or one is out of range.
+    """
+    for name, value in (("rounds", rounds), ("prompts_per_round", prompts_per_round)):
+        if value is not None and value < 1:
+            raise PrefoptError(f"{name}: found {value}, expected at least 1, or null")
+    if rounds is None and prompts_per_round is None:
+        raise PrefoptError("rounds and prompts_per_round are both null; set one of them")
+    if prompts_per_round is None:
+        if rounds > num_prompts:
+            raise PrefoptError(f"rounds: found {rounds}, but there are {num_prompts} prompts")
+        bounds = np.linspace(0, num_prompts, rounds + 1).astype(int)
+    elif rounds is None:
+        bounds = np.append(np.arange(0, num_prompts, prompts_per_round), num_prompts)
+    else:
+        bounds = np.arange(rounds + 1) * prompts_per_round
+    passes = -(-int(bounds[-1]) // num_prompts)
+    stream = np.concatenate(
+        [np.random.default_rng((seed, p)).permutation(num_prompts) for p in range(passes)]
+    )
+    return [
+        PlannedRound(
+            prompts=stream[start:end].tolist(),
+            passes=(np.arange(start, end) // num_prompts).tolist(),
+        )
+        for start, end in pairwise(bounds)
+    ]

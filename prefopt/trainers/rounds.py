@@ -259,10 +259,8 @@ class RoundTrainer(TreeTrainer):
 
     def _dataset(self, index: int, window: range, moved: bool) -> TreeDataset:
         """The pairs of some rounds with their frozen log-probs."""
-        folders = [round_folder(self.rounds_dir, k) for k in window]
-        rounds = [
-            read_round(f, self.plan[k], self.prompts) for f, k in zip(folders, window, strict=True)
-        ]
+        folders = {k: round_folder(self.rounds_dir, k) for k in window}
+        rounds = {k: read_round(folders[k], self.plan[k], self.prompts) for k in window}
         if not self.layout_chosen:
             self.choose_layout(next(r.trees for r in rounds.values() if r.trees))
             self.layout_chosen = True

@@ -13,6 +13,15 @@ from typing import Any
 from prefopt import __version__
 from prefopt.errors import PrefoptError
 
+# their defaults, which depend on beta, stand in prefopt/games/trajectory.py and docs/games.md
+GAME_SETTINGS = {
+    "eta": "the algorithm's step size, in its own convention (docs/games.md)",
+    "tau": "inpo: another name of --beta",
+    "kappa": "nash_mp_ema: rate of the target's moving average",
+    "lr": "nash_mp_ema: learning rate of the logits, times the number of actions",
+    "period": "mpo: steps between renewals of the magnet",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -91,6 +100,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("baseline", help="answers to the same prompts")
     evaluate.add_argument("--judge", required=True, help="a reward model: folder or Hub id")
 
+    game = command("game", _game, "Play algorithms on a matrix game, exactly (docs/games.md).")
+    game.add_argument("--payoff", required=True, help="JSON list of rows: P(row beats column)")
+    game.add_argument("--reference", help="JSON list of probabilities; default: uniform")
+    game.add_argument("--algorithm", required=True, help="one, or several separated by commas")
+    game.add_argument("--beta", type=float, help="weight of the KL to the reference; default: 0.1")
+    game.add_argument("--steps", type=_count, default=100)
+    for name, text in GAME_SETTINGS.items():
+        game.add_argument(f"--{name}", type=float, help=text)
+    game.add_argument("--plot", metavar="FILE.png", help="draw the distances against queries")
+
     report = command("report", _report, "Write report.html for a run folder.")
     report.add_argument("run_dir")
     report.add_argument("--open", action="store_true", help="show it in the browser")
@@ -160,6 +179,26 @@ def _win_rate(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{result['prompts']} prompts; mean length {result['mean_length']:.0f} against "
             f"{result['baseline_mean_length']:.0f} characters"
         )
+    return result
+
+
+def _game(arguments: argparse.Namespace) -> dict[str, Any]:
+    from prefopt.games.command import play_files, print_result
+
+    names = [name.strip() for name in arguments.algorithm.split(",")]
+    algorithms = list(dict.fromkeys(names))
+    given = {name: getattr(arguments, name) for name in GAME_SETTINGS}
+    result = play_files(
+        arguments.payoff,
+        arguments.reference,
+        algorithms,
+        beta=arguments.beta,
+        steps=arguments.steps,
+        settings={name: value for name, value in given.items() if value is not None},
+        plot=arguments.plot,
+    )
+    if not arguments.json:
+        print_result(result, algorithms)
     return result
 
 

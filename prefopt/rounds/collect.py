@@ -203,6 +203,34 @@ def read_round(folder: Path, planned: PlannedRound, prompts: TokenizedPrompts) -
     return CollectedRound(trees, [row["p_chosen"] for row in rows], report)
 
 
+def sampled_trees(
+    collector: Collector, folder: Path, planned: PlannedRound, *, limit: int
+) -> list[PromptTree]:
+    """One draw from the policy for each of the first prompts of a collected round.
+
+    Only a plain sample (temperature 1, nothing cut off) is such a draw: the list is empty where no
+    part of the mix is plain.
+    """
+    plain = [
+        (part.temperature, part.top_p, part.top_k) == (1, 1, 0)
+        for part in collector.sampling
+        for _ in range(part.samples_per_prompt)
+    ]
+    if True not in plain:
+        return []
+    positions = range(min(limit, len(planned.prompts)))
+    samples: dict[int, list[Sample]] = {}
+    for shard in range(-(-len(positions) // collector.prompts_per_shard)):
+        samples |= read_rollouts(rollouts_path(folder, 0, shard))
+    return [
+        PromptTree(
+            collector.prompts.prompt_ids[planned.prompts[position]],
+            [samples[position][plain.index(True)].completion.token_ids],
+        )
+        for position in positions
+    ]
+
+
 def _key(collector: Collector, index: int, planned: PlannedRound, position: int) -> str:
     """What seeds the random choices of a prompt's pairing."""
     prompt, which = planned.prompts[position], planned.passes[position]

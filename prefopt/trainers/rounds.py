@@ -32,7 +32,7 @@ from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
 from prefopt.rollout.engine import Completion, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
-from prefopt.rounds.collect import Collector, collect_round, read_round
+from prefopt.rounds.collect import Collector, collect_round, read_round, sampled_trees
 from prefopt.rounds.pairing import check_samples
 from prefopt.rounds.plan import plan_rounds
 from prefopt.rounds.storage import atomic_write
@@ -48,6 +48,9 @@ from prefopt.trainers.reference import (
 from prefopt.trainers.round_config import RoundConfig, prompt_rows, schedule
 
 logger = logging.getLogger(__name__)
+
+
+KL_PROMPTS = 256  # prompts whose first sample an estimate of KL takes
 
 
 @dataclass(frozen=True)
@@ -245,14 +248,16 @@ class RoundTrainer(TreeTrainer):
         window = range(0 if args.data_window == "all_so_far" else index, index + 1)
         rows = sum(self.pairs[k] for k in window)
         opened = OpenRound(index, start, self._steps(rows), self._order(index, rows))
+        kl: dict[str, float] = {}
         if self.state.global_step < opened.end:
             self.dataset = self._dataset(index, window, moved=not begins)
             if begins and index:
+                kl = self._kl(index)
                 self._begin_afresh()
         if index == len(self.plan) - 1:
             self.state.max_steps = min(args.max_steps, opened.end)
         if begins:
-            self._announce(opened, rows, report | seconds)
+            self._announce(opened, rows, report | seconds | kl)
             if index == 0 and "reference" in self.frozen and rows:
                 report_initial_margins(self, self.dataset, beta=1.0)
         return opened
@@ -284,6 +289,22 @@ class RoundTrainer(TreeTrainer):
             columns[name] = values
         trees = [tree for collected in rounds.values() for tree in collected.trees]
         return TreeDataset(trees, columns)
+
+    def _kl(self, index: int) -> dict[str, float]:
+        """An estimate of the KL of the policy that sampled from the initial one, in nats."""
+        folder = round_folder(self.rounds_dir, index)
+        trees = sampled_trees(self.collector, folder, self.plan[index], limit=KL_PROMPTS)
+        if not trees or not self._uses_initial_weights:
+            return {}
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        weights = {"policy": nullcontext(), "initial": weights_of(policy, self._initial_weights)}
+        own, initial = (
+            stored_log_probs(
+                self, trees, folder / "log_probs" / f"kl-{name}", weights=context, moved=False
+            )
+            for name, context in weights.items()
+        )
+        return {"kl": (torch.cat(own) - torch.cat(initial)).mean().item()}
 
     def _begin_afresh(self) -> None:
         """Weights and optimiser as a round asks for them, once it is collected."""

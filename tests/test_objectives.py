@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from prefopt.errors import PrefoptError
-from prefopt.objectives import PAIR_LOSSES, bradley_terry_loss, needs_reference, pair_loss
+from prefopt.objectives import (
+    PAIR_LOSSES,
+    bradley_terry_loss,
+    inpo_loss,
+    needs_reference,
+    pair_loss,
+)
+from prefopt.objectives.reward import answer_loss
 
 SORTED = {"aot", "aot_unpaired"}
 EXPECTATION = sorted(set(PAIR_LOSSES) - SORTED - {"exo_pair", "sppo_soft"})
@@ -534,3 +541,177 @@ def test_parity_with_trl_reward_trainer(margin: Tensor | None, centering: float 
     theirs = RewardTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
     ours = bradley_terry_loss(*scores, margin=margin, centering=centering or 0.0).mean()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+# INPO: iterative Nash policy optimisation
+
+# A game of three answers, each beaten by another (row beats column), and its reference.
+BEATS = torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]], dtype=torch.float64)
+GAME_REFERENCE, ITERATE = column(0.5, 0.3, 0.2), column(0.4, 0.35, 0.25)
+
+
+def inpo_batch() -> dict[str, Tensor]:
+    batch = {k: v for k, v in random_batch(5).items() if "lengths" not in k}
+    drift = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    batch["previous_chosen"] = batch["reference_chosen"] + drift
+    batch["previous_rejected"] = batch["reference_rejected"] + drift**2
+    return batch
+
+
+def game_pairs(policy: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of the first and the second answer of all nine pairs, [9] each."""
+    log_probs = policy.log()
+    return log_probs.repeat_interleave(3), log_probs.repeat(3)
+
+
+def test_inpo_values() -> None:
+    pairs = [column(x) for x in (-10, -12, -11, -11.5, -10.5, -11.5)]
+    # h = 2 - (0.3) .5 - (0.7) 1 = 1.15 with tau/eta = .3; target 1/(2 * .1) = 5: (1.15 - 5)^2
+    hard = inpo_loss(*pairs, eta=0.1, tau=0.03)
+    assert hard.item() == pytest.approx(14.8225, abs=1e-12)
+    # .8 * 14.8225 + .2 * (1.15 + 5)^2 = 11.858 + 7.5645
+    soft = inpo_loss(*pairs, eta=0.1, tau=0.03, p_chosen=column(0.8))
+    assert soft.item() == pytest.approx(19.4225, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("tau", "anchor"), [(0.2, "reference"), (0.0, "previous")], ids=["tau=eta", "tau=0"]
+)
+def test_inpo_ends_in_ipo_on_sums(tau: float, anchor: str) -> None:
+    batch = inpo_batch()
+    chosen, rejected = batch[f"{anchor}_chosen"], batch[f"{anchor}_rejected"]
+    d = batch["policy_chosen"] - chosen - (batch["policy_rejected"] - rejected)
+    loss = inpo_loss(**batch, eta=0.2, tau=tau)
+    torch.testing.assert_close(loss, (d - 1 / (2 * 0.2)) ** 2)
+    policy = batch["policy_chosen"], batch["policy_rejected"]
+    torch.testing.assert_close(loss, pair_loss("ipo_sum", *policy, chosen, rejected, beta=0.2))
+    assert not torch.allclose(loss, inpo_loss(**batch, eta=0.2, tau=0.1))
+
+
+def test_inpo_in_its_first_iteration_does_not_depend_on_tau() -> None:
+    batch = inpo_batch()
+    for side in ("chosen", "rejected"):
+        batch[f"previous_{side}"] = batch[f"reference_{side}"]
+    at_zero = inpo_loss(**batch, eta=0.2, tau=0.0)
+    for tau in (0.05, 0.1, 0.2):
+        torch.testing.assert_close(inpo_loss(**batch, eta=0.2, tau=tau), at_zero)
+
+
+def test_inpo_minimiser_of_a_game_is_the_mirror_descent_step() -> None:
+    eta, tau = 0.5, 0.1
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], tolerance_grad=1e-12, tolerance_change=1e-15)
+    weights = torch.outer(ITERATE, ITERATE).flatten()
+    fixed = *game_pairs(GAME_REFERENCE), *game_pairs(ITERATE)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        policy = game_pairs(logits.softmax(0))
+        pairs = inpo_loss(*policy, *fixed, eta=eta, tau=tau, p_chosen=BEATS.flatten())
+        total = (weights * pairs).sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    step = GAME_REFERENCE ** (tau / eta) * ITERATE ** (1 - tau / eta)
+    step = step * (BEATS @ ITERATE / eta).exp()
+    torch.testing.assert_close(logits.detach().softmax(0), step / step.sum(), atol=1e-8, rtol=0)
+    assert logits.softmax(0).tolist() == pytest.approx([0.472069, 0.283762, 0.244170], abs=1e-6)
+    assert loss().item() == pytest.approx(0.965800, abs=1e-6)
+
+
+def test_inpo_soft_loss_ignores_which_side_is_called_chosen() -> None:
+    batch, p = inpo_batch(), torch.linspace(0, 1, 5, dtype=torch.float64)
+    settings = {"eta": 0.2, "tau": 0.05}
+    as_named = inpo_loss(**batch, **settings, p_chosen=p)
+    torch.testing.assert_close(inpo_loss(**swapped(batch), **settings, p_chosen=1 - p), as_named)
+    certain = inpo_loss(**batch, **settings, p_chosen=torch.ones(5))
+    assert torch.equal(certain, inpo_loss(**batch, **settings))
+
+
+def test_inpo_soft_loss_is_a_regression_on_the_probability_up_to_a_constant() -> None:
+    batch, p = inpo_batch(), torch.linspace(0, 1, 5, dtype=torch.float64)
+    eta, tau = 0.2, 0.05
+    policy = batch["policy_chosen"].requires_grad_()
+    lp, rf, lp_t = (
+        batch[f"{model}_chosen"] - batch[f"{model}_rejected"]
+        for model in ("policy", "reference", "previous")
+    )
+    regression = (lp - tau / eta * rf - (1 - tau / eta) * lp_t - (p - 0.5) / eta) ** 2
+    loss = inpo_loss(**batch, eta=eta, tau=tau, p_chosen=p)
+    torch.testing.assert_close(loss - regression, p * (1 - p) / eta**2)
+    (ours,) = torch.autograd.grad(loss.mean(), policy, retain_graph=True)
+    (theirs,) = torch.autograd.grad(regression.mean(), policy)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_online_ipo_descends_the_self_play_gradient() -> None:
+    # With pairs drawn from the policy itself, the expected IPO gradient is -4/beta times that of
+    # the win rate against a frozen copy less beta KL to the reference.
+    beta = 0.1
+    logits = ITERATE.log().requires_grad_()
+    policy = logits.softmax(0)
+    pairs = inpo_loss(
+        *game_pairs(policy),
+        *game_pairs(GAME_REFERENCE),
+        *game_pairs(ITERATE),
+        eta=beta,
+        tau=beta,
+        p_chosen=BEATS.flatten(),
+    )
+    loss = (torch.outer(ITERATE, ITERATE).flatten() * pairs).sum()
+    divergence = (policy * (policy / GAME_REFERENCE).log()).sum()
+    value = policy @ BEATS @ ITERATE - beta * divergence
+    (loss_slope,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (self_play,) = torch.autograd.grad(value, logits)
+    assert self_play.tolist() == pytest.approx([0.035745, -0.034428, -0.001317], abs=1e-6)
+    torch.testing.assert_close(loss_slope, -4 / beta * self_play)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eta": 0.0}, "inpo: found eta=0.0, expected a value above 0"),
+        ({"eta": math.nan}, "inpo: found eta=nan"),
+        ({"tau": -0.01}, "inpo: found tau=-0.01, expected a value from 0 to eta=0.2"),
+        ({"tau": 0.21}, "inpo: found tau=0.21, expected a value from 0 to eta=0.2"),
+        ({"p_chosen": torch.full((5,), 1.2)}, "p_chosen: found values from 1.2 to 1.2"),
+        ({"previous_chosen": torch.zeros(5, 1)}, r"previous_chosen: found shape \[5, 1\]"),
+    ],
+)
+def test_inpo_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PrefoptError, match=message):
+        inpo_loss(**{**inpo_batch(), "eta": 0.2, "tau": 0.1, **settings})
+
+
+def test_answer_loss_value_and_slope() -> None:
+    """Logits 2.0 ("A"), 0.5 ("B") and 0.0: ln(e^2 + e^0.5 + 1) = 2.306355.
+
+    So log pi is -0.306355 and -1.806355, and 0.8 * 0.306355 + 0.2 * 1.806355 = 0.606355.
+    """
+    logits = torch.tensor([[2.0, 0.5, 0.0]], requires_grad=True)
+    a, b, _ = logits.log_softmax(-1).T
+    loss = answer_loss(a, b, column(0.8))
+    assert loss.item() == pytest.approx(0.606355, abs=1e-6)
+    assert answer_loss(a, b, column(1.0)).item() == pytest.approx(0.306355, abs=1e-6)
+    assert answer_loss(a, b, column(0.0)).item() == pytest.approx(1.806355, abs=1e-6)
+    loss.backward()
+    found = logits.softmax(-1) - torch.tensor([[0.8, 0.2, 0.0]])
+    torch.testing.assert_close(logits.grad, found.detach())
+
+
+def test_answer_loss_rests_at_the_label() -> None:
+    label = torch.tensor([0.8, 0.2])
+    loss = answer_loss(*label.log().split(1), column(0.8))
+    entropy = -(label * label.log()).sum().item()
+    assert loss.item() == pytest.approx(entropy)
+    for p in (0.7, 0.9):
+        other = torch.tensor([p, 1 - p]).log()
+        assert answer_loss(*other.split(1), column(0.8)).item() > entropy
+
+
+def test_answer_loss_refuses() -> None:
+    with pytest.raises(PrefoptError, match=r"p_a: found values from 1\.5 to 1\.5"):
+        answer_loss(column(0.0), column(0.0), column(1.5))
+    with pytest.raises(PrefoptError, match=r"log_prob_b: found shape \[2\]"):
+        answer_loss(column(0.0), torch.zeros(2), column(1.0))

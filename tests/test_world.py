@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from prefopt.data.template import encode, encode_prompt, render
 from prefopt.errors import PrefoptError
+from prefopt.reward_models.preference_model import comparison_prompt
 from prefopt.world import WorldPaths, build_world, gold_preference, gold_quality
 from prefopt.world.gold import STYLES, parse_answer
 from prefopt.world.grammar import (
@@ -267,6 +268,16 @@ def test_tokenizer_knows_every_word_written(
             f"<{m['role']}>{m['content']}" + "<eos>" * (m["role"] == "assistant")
             for m in row["messages"]
         )
+
+
+def test_tokenizer_knows_every_word_of_a_comparison(
+    world: WorldPaths, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for row in rows(world.preferences):
+        answers = (row["chosen"][0]["content"], row["rejected"][0]["content"])
+        ids = encode_prompt(tokenizer, comparison_prompt(row["prompt"], *answers))
+        assert tokenizer.unk_token_id not in ids
+    assert tokenizer.unk_token_id not in tokenizer("A B")["input_ids"]
 
 
 def test_prompt_ids_are_a_prefix_of_the_conversation(

@@ -58,3 +58,35 @@ def bradley_terry_loss(
     if p is not None:
         loss = expected_loss(p, loss, -logsigmoid(-difference - required))
     return loss + centering * (chosen_scores + rejected_scores) ** 2
+
+
+def answer_loss(log_prob_a: Tensor, log_prob_b: Tensor, p_a: Tensor) -> Tensor:
+    """One loss per comparison, ``-p_a log pi("A") - (1 - p_a) log pi("B")``.
+
+    The cross-entropy of a pairwise preference model's one-token answer over its whole vocabulary:
+    supervised fine-tuning on "A" or "B" (RLHF Workflow, Dong et al., arXiv 2405.07863, section 2),
+    in expectation over an uncertain label. It ends at ``pi("A") = p_a``, ``pi("B") = 1 - p_a``,
+    where it is the label's entropy.
+
+    Args:
+        log_prob_a: [comparisons], log-prob of the answer token "A".
+        log_prob_b: [comparisons], that of "B".
+        p_a: [comparisons], probability in [0, 1] that the answer called A is the better one.
+
+    Returns:
+        [comparisons], in nats, differentiable in the log-probs.
+
+    Raises:
+        PrefoptError: Shapes differ, or ``p_a`` leaves [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.5, 0.0]])
+        >>> a, b, _ = logits.log_softmax(-1).T
+        >>> answer_loss(a, b, torch.tensor([0.8]))
+        tensor([0.6064])
+    """
+    check_shapes(log_prob_a=log_prob_a, log_prob_b=log_prob_b, p_a=p_a)
+    p = p_a.to(log_prob_a.dtype)
+    check_probability("p_a", p, p.dtype)
+    return expected_loss(p, -log_prob_a, -log_prob_b)

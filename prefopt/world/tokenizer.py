@@ -9,6 +9,10 @@ from prefopt.world import grammar
 
 MAX_LENGTH = 256
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>")
+# What a pairwise preference model reads and says besides the world's own words.
+COMPARISON_WORDS = (
+    "[CONTEXT]", "<turn>", "user", "assistant", "[RESPONSE", "A]", "B]", "A", "B",
+)  # fmt: skip
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -40,7 +44,8 @@ def world_words() -> list[str]:
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
     """Builds the tokenizer: one token per word, so that texts and token ids map one to one."""
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *world_words()))}
+    words = (*SPECIAL_TOKENS, *world_words(), *COMPARISON_WORDS)
+    vocabulary = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

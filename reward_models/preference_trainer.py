@@ -1,0 +1,268 @@
+"""Training of pairwise preference models: each pair is read in both orders.
+
+A comparison is a prompt tree: the question is the prompt, the tokens "A" and "B" its completions.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.data.rows import Completion, PreferencePair, parse_pair, validate
+from prefopt.data.tokenize import DropCounts, Ragged, Tokenized
+from prefopt.data.tree import PromptTree
+from prefopt.errors import PrefoptError
+from prefopt.models.logprobs import sequence_log_probs
+from prefopt.objectives.reward import answer_loss
+from prefopt.reward_models.preference_model import ComparisonEncoder, render_context
+from prefopt.trainers.base import TreeDataset, TreeTrainer, TreeTrainerConfig
+from prefopt.trainers.pairs import PairSource
+
+_BATCH = 1000  # pairs in one call of the tokenizer
+
+
+@dataclass
+class TokenizedComparisons(Tokenized):
+    """Comparisons as token ids: rows 2i and 2i + 1 are the two orders of pair i.
+
+    Attributes:
+        answer_ids: The tokens of "A" and "B", the same in every row.
+        p_a: The probability that the answer called A is the better one: ``p_chosen`` in even rows,
+            where A is the chosen answer, and 1 minus it in odd ones.
+        length_difference: Tokens of the chosen answer minus those of the rejected one.
+        where: Places of the rows.
+    """
+
+    answer_ids: Ragged = field(default_factory=Ragged)
+    p_a: array[float] = field(default_factory=lambda: array("d"))
+    length_difference: array[int] = field(default_factory=lambda: array("i"))
+    where: list[str] = field(default_factory=list)
+
+
+class ComparisonTrees(Sequence[PromptTree]):
+    """Tokenised comparisons seen as trees of the two completions "A" and "B"."""
+
+    def __init__(self, comparisons: TokenizedComparisons) -> None:
+        self.comparisons = comparisons
+
+    def __len__(self) -> int:
+        return len(self.comparisons)
+
+    @overload
+    def __getitem__(self, index: int) -> PromptTree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PromptTree]: ...
+    def __getitem__(self, index: int | slice) -> PromptTree | list[PromptTree]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        a, b = self.comparisons.answer_ids[index]
+        return PromptTree(self.comparisons.prompt_ids[index], ([a], [b]))
+
+
+def tokenize_comparisons(
+    pairs: Iterable[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int | None,
+    max_length: int | None,
+) -> TokenizedComparisons:
+    """Tokenises both orders of each pair; a pair that is too long is left out whole, never cut.
+
+    Args:
+        pairs: The pairs; margins are not used.
+        tokenizer: A tokenizer that knows "A" and "B", with a chat template.
+        max_prompt_length: The most tokens that the pair's prompt may have, as it is quoted in the
+            comparison; None is no limit.
+        max_length: The most tokens that the whole comparison with its answer may have in either
+            order; None is no limit.
+
+    Returns:
+        Two rows a pair; ``dropped`` counts pairs.
+
+    Raises:
+        PrefoptError: If nothing is left, or the tokenizer cannot pose the question.
+    """
+    encoder = ComparisonEncoder(tokenizer)
+    kept = TokenizedComparisons()
+    shortest: int | None = None
+    for pair, orders, prompt_length, length_difference in _encode(pairs, encoder):
+        whole = max(map(len, orders)) + 1
+        shortest = min(whole, shortest or whole)
+        if max_prompt_length is not None and prompt_length > max_prompt_length:
+            kept.dropped.prompt_too_long += 1
+        elif max_length is not None and whole > max_length:
+            kept.dropped.answer_too_long += 1
+        elif any(map(encoder.holds_stop_token, orders)):
+            kept.dropped.stop_token_inside += 1
+        elif orders[0] == orders[1]:
+            kept.dropped.identical += 1
+        else:
+            for question, p_a in zip(orders, (pair.p_chosen, 1 - pair.p_chosen), strict=True):
+                kept.prompt_ids.append(question)
+                kept.answer_ids.append(encoder.answer_ids)
+                kept.p_a.append(p_a)
+                kept.length_difference.append(length_difference)
+                kept.where.append(pair.where)
+    if not len(kept):
+        raise _nothing_left(kept.dropped, shortest, max_prompt_length, max_length)
+    return kept
+
+
+def _encode(
+    pairs: Iterable[PreferencePair], encoder: ComparisonEncoder
+) -> Iterator[tuple[PreferencePair, tuple[list[int], list[int]], int, int]]:
+    """Yields each pair with what a row needs.
+
+    That is its two orders (A is the chosen answer in the first), the length of its prompt, and by
+    how much the chosen answer is longer, in tokens.
+    """
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, _BATCH)):
+        prompts = [pair.prompt for pair in batch]
+        chosen = [_text(pair.chosen) for pair in batch]
+        rejected = [_text(pair.rejected) for pair in batch]
+        forth = encoder.encode(list(zip(prompts, chosen, rejected, strict=True)))
+        back = encoder.encode(list(zip(prompts, rejected, chosen, strict=True)))
+        texts = ([render_context(prompt) for prompt in prompts], chosen, rejected)
+        lengths = [_lengths(encoder.tokenizer, column) for column in texts]
+        for i, pair in enumerate(batch):
+            prompt_length, chosen_length, rejected_length = (column[i] for column in lengths)
+            yield pair, (forth[i], back[i]), prompt_length, chosen_length - rejected_length
+
+
+def comparison_dataset(comparisons: TokenizedComparisons) -> TreeDataset:
+    """The data set of a preference model's trainer."""
+    columns: dict[str, Sequence[Any]] = {
+        "p_a": comparisons.p_a,
+        "length_difference": comparisons.length_difference,
+    }
+    return TreeDataset(ComparisonTrees(comparisons), columns)
+
+
+@dataclass
+class PreferenceModelConfig(TreeTrainerConfig):
+    """Keys of the preference model; the values are those of the RLHF Workflow recipe."""
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Steps of warm-up, or below 1 their share."}
+    )
+    max_length: int | None = field(
+        default=3072, metadata={"help": "Limit for prompt and both answers, in tokens, likewise."}
+    )
+
+
+class PreferenceModelTrainer(TreeTrainer):
+    """Fits a causal LM to the answers "A" and "B" of comparisons; soft labels are used.
+
+    Args:
+        model: The causal LM, best one that follows instructions.
+        args: A :class:`PreferenceModelConfig`.
+        train_dataset: Rows of preference pairs (docs/data.md), which ``processing_class`` then
+            tokenises in both orders, or what `comparison_dataset` returns.
+        **kwargs: As for :class:`prefopt.trainers.base.TreeTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PreferenceModelConfig,
+        train_dataset: PairSource,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, **_as_comparisons(args, train_dataset, kwargs))
+
+    def tree_losses(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy of each comparison's answer, and its metrics."""
+        return _judge(sequence_log_probs(model, inputs["trees"]), inputs["p_a"])
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Loss, and the log-probs [trees, 2] of "A" and "B" where they are asked for."""
+        if prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            log_probs = sequence_log_probs(model, inputs["trees"])
+            losses, _ = _judge(log_probs, inputs["p_a"])
+        return losses.mean(), log_probs.view(-1, 2), None
+
+
+def _judge(log_probs: Tensor, p_a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    a, b = log_probs[0::2], log_probs[1::2]
+    losses = answer_loss(a, b, p_a)
+    with torch.no_grad():
+        margins = torch.where(p_a >= 0.5, a - b, b - a)
+        metrics = {
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float(),
+            "answers/first": (a > b).float(),
+            "answers/mass": a.exp() + b.exp(),
+        }
+    return losses, metrics
+
+
+def _as_comparisons(
+    args: PreferenceModelConfig, train_dataset: PairSource, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A trainer's keyword arguments, with data sets of rows made into comparisons."""
+    tokenizer = kwargs.get("processing_class")
+    datasets = {"train_dataset": train_dataset, "eval_dataset": kwargs.get("eval_dataset")}
+    for name, rows in datasets.items():
+        if isinstance(rows, TreeDataset):
+            if "p_a" not in rows.columns:
+                raise PrefoptError(
+                    f"{name}: found trees without the column p_a, expected comparisons; make them "
+                    "with comparison_dataset(tokenize_comparisons(...))"
+                )
+        elif rows is not None:
+            if tokenizer is None:
+                raise PrefoptError(
+                    f"{name} holds rows of text: pass a tokenizer as processing_class"
+                )
+            located = ((f"{name}:{i}", row) for i, row in enumerate(rows, start=1))
+            pairs, _ = validate(located, parse_pair)
+            limits = {"max_prompt_length": args.max_prompt_length, "max_length": args.max_length}
+            datasets[name] = comparison_dataset(tokenize_comparisons(pairs, tokenizer, **limits))
+    return kwargs | datasets
+
+
+def _text(completion: Completion) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
+    """Tokens of each text by itself."""
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+
+
+def _nothing_left(
+    dropped: DropCounts,
+    shortest: int | None,
+    max_prompt_length: int | None,
+    max_length: int | None,
+) -> PrefoptError:
+    if shortest is None:
+        return PrefoptError("nothing to tokenise: found no pairs, expected at least one")
+    return PrefoptError(
+        f"nothing is left after tokenising: of {dropped.total:,} pairs the prompts of "
+        f"{dropped.prompt_too_long:,} exceed max_prompt_length={max_prompt_length}, "
+        f"{dropped.answer_too_long:,} comparisons exceed max_length={max_length}, "
+        f"{dropped.stop_token_inside:,} hold a stop token, {dropped.identical:,} have identical "
+        f"answers; the shortest comparison has {shortest:,} tokens: raise the limits or mend the "
+        "rows"
+    )

@@ -29,6 +29,7 @@ LABELS = {
     "win_rate": "win rate, %",
     "kl": "KL, nats",
     "mean_length": "mean length",
+    "exploitability": "exploitability, 0-0.5",
     "seconds": "time",
     "ece": "expected calibration error",
 }
@@ -110,6 +111,12 @@ def _render(
         seed=summary.get("seed"),
         styles=styles,
         algorithms=_algorithm_table(algorithms),
+        settings={
+            name: _algorithm_table(value["algorithms"])
+            | {"exploitable": any("exploitability" in row for row in value["algorithms"].values())}
+            for name, value in summary.items()
+            if isinstance(value, dict) and isinstance(value.get("algorithms"), dict)
+        },
         bars=plots.win_rate_bars(rates, styles) if rates else None,
         frontier=plots.frontier(rates, styles) if has_kl else None,
         judges=[_judge(name, value, styles[name]) for name, value in judges.items()],

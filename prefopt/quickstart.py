@@ -1,4 +1,4 @@
-"""``prefopt quickstart``: SFT, a reward model and every algorithm on the generated world.
+"""``prefopt quickstart``: SFT, the judges and every algorithm on the generated world.
 
 Each stage is an ordinary recipe (``recipes/quickstart``) run by ``prefopt train``; an algorithm
 joins by adding a recipe there.
@@ -7,11 +7,12 @@ joins by adding a recipe there.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,13 +29,19 @@ from prefopt.generate import generate_with_progress, write_completions
 from prefopt.models.forward import enable_trees
 from prefopt.models.load import load_policy, load_tokenizer
 from prefopt.models.logprobs import sequence_log_probs
-from prefopt.reward_models import RuleJudge
 from prefopt.rollout.engine import Completion, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.storage import atomic_write
-from prefopt.train import read_recipe, train
+from prefopt.train import JUDGE_REPORTS, read_recipe, train
 from prefopt.trainers import TRAINERS
-from prefopt.world import WorldPaths, build_world, gold_quality
+from prefopt.world import (
+    STYLES,
+    WorldPaths,
+    build_world,
+    gold_preference,
+    gold_quality,
+    ideal_answer,
+)
 
 RECIPES = files("prefopt.recipes") / "quickstart"
 
@@ -48,15 +55,19 @@ def available_algorithms() -> list[str]:
 def quickstart(out: str | Path, *, seed: int = 0, algorithms: Sequence[str] = ()) -> dict[str, Any]:
     """Trains and compares algorithms from one start; goes on where an earlier call stopped.
 
+    Everything is done twice: where answers have a true quality, and where preferences between
+    styles go round in a circle (``intransitive``).
+
     Args:
         out: Folder of the run.
         seed: Of the world, of training and of sampling.
         algorithms: Names; all when empty.
 
     Returns:
-        What ``summary.json`` says: per algorithm ``win_rate`` over SFT and ``win_rate_ci`` (0-100,
-        by the gold rule), ``kl`` to SFT (nats an answer), ``mean_length`` (tokens),
-        ``gold_quality`` and ``seconds``; and the reward model's accuracy and calibration.
+        What ``summary.json`` says: under ``algorithms``, per algorithm ``win_rate`` over SFT and
+        ``win_rate_ci`` (0-100, by the gold rule), ``kl`` to SFT (nats an answer), ``mean_length``
+        (tokens), ``gold_quality`` or ``exploitability`` and ``seconds``; accuracy and calibration
+        of the judges that were needed; and all of that once more under ``intransitive``.
 
     Raises:
         PrefoptError: An algorithm has no quickstart recipe, or ``out`` holds another run.
@@ -69,53 +80,73 @@ def quickstart(out: str | Path, *, seed: int = 0, algorithms: Sequence[str] = ()
                 f"--algorithms: {name!r} has no quickstart; there are "
                 f"{', '.join(available_algorithms())}"
             )
+    circle = folder / "intransitive"
     world = build_world(folder / "world", seed=seed)
-    stages = {"sft": _stage("sft", world.base, world, folder, seed)}
+    circular_world = build_world(circle / "world", seed=seed, intransitive=True)
+    sft = _stage("sft", folder / "sft", world.base, world.sft, seed)
     start = folder / "sft" / "final"
-    stages["reward_model"] = _stage("reward_model", start, world, folder, seed)
-    for name in names:
-        stages[name] = _stage(name, start, world, folder, seed)
-    summary = {
-        "seed": seed,
-        "algorithms": _evaluate(["sft", *names], world, folder, seed),
-        "reward_model": stages["reward_model"]["reward_model"],
-    }
-    for name, row in summary["algorithms"].items():
-        row["seconds"] = stages[name]["seconds"]
-    atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_report(folder)
+    summary = {"seed": seed, **_compare(names, world, folder, start, seed, gold=True)}
+    summary["algorithms"]["sft"]["seconds"] = sft["seconds"]
+    summary["intransitive"] = _compare(names, circular_world, circle, start, seed, gold=False)
+    for place, result in ((circle, summary["intransitive"]), (folder, summary)):
+        atomic_write(place / "summary.json", json.dumps(result, indent=2) + "\n")
+        write_report(place)
     return summary
 
 
 def print_summary(summary: dict[str, Any], out: str | Path) -> None:
-    """Shows the summary as a table."""
+    """Shows the summary as tables."""
     console = Console()
-    table = Table(title="win rate over SFT by the gold rule")
-    for column in ("algorithm", "win rate", "95 % interval", "KL", "tokens", "quality", "seconds"):
-        table.add_column(column, justify="left" if column == "algorithm" else "right")
-    for name, row in summary["algorithms"].items():
-        rate = f"{row['win_rate']:.1f} %" if "win_rate" in row else "-"
-        interval = "{:.1f} - {:.1f}".format(*row["win_rate_ci"]) if "win_rate" in row else "-"
-        numbers = (f"{row[key]:.2f}" for key in ("kl", "mean_length", "gold_quality"))
-        table.add_row(name, rate, interval, *numbers, f"{row['seconds']:.0f}")
-    console.print(table)
-    judge = summary["reward_model"]
-    console.print(f"reward model: accuracy {judge['accuracy']:.3f}, ECE {judge['ece']:.3f}")
+    _print_setting(console, summary, "win rate over SFT by the gold rule", "gold_quality")
+    title = "intransitive preferences: win rate over SFT by the gold preference"
+    _print_setting(console, summary["intransitive"], title, "exploitability")
     console.print(f"report: {Path(out) / 'report.html'}")
 
 
-def _stage(name: str, model: Path, world: WorldPaths, folder: Path, seed: int) -> dict[str, Any]:
-    overrides = {
-        "seed": seed,
-        "run_dir": folder / name,
-        "model.path": model,
-        "data.path": world.sft if name == "sft" else world.preferences,
-    }
-    if name not in ("sft", "reward_model"):
-        overrides |= {
-            "judge.kind": "reward_model",
-            "judge.path": folder / "reward_model" / "final",
-        }
+def _print_setting(console: Console, result: dict[str, Any], title: str, measure: str) -> None:
+    table = Table(title=title)
+    for column in ("algorithm", "win rate", "95 % interval", "KL", "tokens", measure, "seconds"):
+        table.add_column(column, justify="left" if column == "algorithm" else "right")
+    for name, row in result["algorithms"].items():
+        rate = f"{row['win_rate']:.1f} %" if "win_rate" in row else "-"
+        interval = "{:.1f} - {:.1f}".format(*row["win_rate_ci"]) if "win_rate" in row else "-"
+        numbers = (f"{row[key]:.3f}" for key in ("kl", "mean_length", measure))
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
+        table.add_row(name, rate, interval, *numbers, seconds)
+    console.print(table)
+    for name in JUDGE_REPORTS:
+        if name in result:
+            judge = result[name]
+            console.print(f"{name}: accuracy {judge['accuracy']:.3f}, ECE {judge['ece']:.3f}")
+
+
+def _compare(
+    names: Sequence[str], world: WorldPaths, folder: Path, start: Path, seed: int, gold: bool
+) -> dict[str, Any]:
+    """Trains the judges and the algorithms in one world, and measures the results."""
+    stages: dict[str, dict[str, Any]] = {}
+    for name in names:
+        judge = read_recipe(str(RECIPES / f"{name}.yaml")).judge
+        if judge is not None and judge.kind not in stages:
+            stages[judge.kind] = _stage(
+                judge.kind, folder / judge.kind, start, world.preferences, seed
+            )
+        path = None if judge is None else folder / judge.kind / "final"
+        stages[name] = _stage(name, folder / name, start, world.preferences, seed, judge=path)
+    models = {"sft": start, **{name: folder / name / "final" for name in names}}
+    algorithms = _evaluate(models, world, folder, seed, gold)
+    for name in names:
+        algorithms[name]["seconds"] = stages[name]["seconds"]
+    judges = {kind: stages[kind][kind] for kind in JUDGE_REPORTS if kind in stages}
+    return {"algorithms": algorithms, **judges}
+
+
+def _stage(
+    name: str, run: Path, model: Path, data: Path, seed: int, *, judge: Path | None = None
+) -> dict[str, Any]:
+    overrides = {"seed": seed, "run_dir": run, "model.path": model, "data.path": data}
+    if judge is not None:
+        overrides["judge.path"] = judge
     pairs = [
         f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in overrides.items()
     ]
@@ -123,48 +154,77 @@ def _stage(name: str, model: Path, world: WorldPaths, folder: Path, seed: int) -
 
 
 def _evaluate(
-    names: Sequence[str], world: WorldPaths, folder: Path, seed: int
+    models: Mapping[str, Path], world: WorldPaths, folder: Path, seed: int, gold: bool
 ) -> dict[str, dict[str, Any]]:
     """Samples every model on the held-out prompts; compares it with the first by the gold rule."""
     prompts, _ = validate(read_rows(world.prompts), parse_prompt)
-    judge = RuleJudge(_gold_qualities)
-    reference = load_policy(str(folder / names[0] / "final"))
+    first, *others = models
+    reference = load_policy(str(models[first]))
     texts: dict[str, list[str]] = {}
     result: dict[str, dict[str, Any]] = {}
-    for name in names:
-        path = str(folder / name / "final")
-        model, tokenizer = load_policy(path), load_tokenizer(path)
+    for name, path in models.items():
+        model, tokenizer = load_policy(str(path)), load_tokenizer(str(path))
         answers = _answers(model, tokenizer, prompts, seed)
         write_completions(folder / name / "completions.jsonl", prompts, [[a] for a in answers])
         texts[name] = [answer.text for answer in answers]
         result[name] = {
             "kl": _kl(model, reference, tokenizer, prompts, answers),
             "mean_length": sum(len(a.token_ids) for a in answers) / len(answers),
-            "gold_quality": float(judge.score(prompts, texts[name]).mean()),
         }
-        if name != names[0]:
-            rate = win_rate(judge.prefer(prompts, texts[name], texts[names[0]]))
+        if gold:
+            qualities = map(gold_quality, prompts, texts[name])
+            result[name]["gold_quality"] = sum(qualities) / len(prompts)
+        else:
+            result[name] |= exploitability(prompts, texts[name])
+        if name in others:
+            p = [
+                gold_preference(prompt, own, base, intransitive=not gold)
+                for prompt, own, base in zip(prompts, texts[name], texts[first], strict=True)
+            ]
+            # with a true quality the better answer wins; in a circle there is only the preference
+            rate = win_rate((np.sign(np.array(p) - 0.5) + 1) / 2 if gold else np.array(p))
             result[name] |= {"win_rate": rate.win_rate, "win_rate_ci": list(rate.ci)}
+    _write_samples(folder, prompts, texts)
+    return result
+
+
+def exploitability(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, float]:
+    """How much the best fixed style of right answers gains over a policy's answers.
+
+    The exploitability of a policy is ``max_q P(q beats policy) - 1/2``; here q is one of the three
+    styles of the intransitive world, its answers always right, and P the gold preference. It is 0
+    for a policy of right answers whose styles are in balance, and at most 1/2.
+
+    Returns:
+        ``exploitability``, and per style its ``P(... beats it)``, means over the prompts.
+    """
+    beats = {
+        style: sum(
+            gold_preference(prompt, ideal_answer(prompt, style), answer, intransitive=True)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        )
+        / len(prompts)
+        for style in STYLES
+    }
+    shares = {f"P({style} beats it)": value for style, value in beats.items()}
+    return {"exploitability": max(beats.values()) - 0.5, **shares}
+
+
+def _write_samples(
+    folder: Path, prompts: Sequence[Prompt], texts: Mapping[str, Sequence[str]]
+) -> None:
+    """The first answers of all models side by side, for the report."""
     samples = [
-        {
-            "prompt": _as_text(prompt),
-            "answers": {name: texts[name][i] for name in names},
-        }
+        {"prompt": _as_text(prompt), "answers": {name: texts[name][i] for name in texts}}
         for i, prompt in enumerate(prompts[:100])
     ]
-    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    atomic_write(folder / "samples.jsonl", lines)
-    return result
+    atomic_write(folder / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
 
 
 def _as_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _gold_qualities(prompts: list[Any], completions: list[str]) -> list[float]:
-    return [gold_quality(p, c) for p, c in zip(prompts, completions, strict=True)]
 
 
 def _answers(

@@ -8,35 +8,46 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-import xxhash
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prefopt.data.rows import parse_demonstrations, parse_pair, validate
+from prefopt.data.rows import Prompt, parse_demonstrations, parse_pair, parse_prompt, validate
 from prefopt.data.sources import Source, read_rows, read_sources
 from prefopt.data.template import check_tokenizer, stop_token_ids
 from prefopt.data.tokenize import (
-    TokenizedDemonstrations,
-    TokenizedPairs,
+    Tokenized,
     tokenize_demonstrations,
     tokenize_pairs,
+    tokenize_prompts,
 )
 from prefopt.errors import PrefoptError
+from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
 from prefopt.models.load import load_policy, load_reward_model, load_tokenizer
-from prefopt.recipe import Recipe, load_recipe
+from prefopt.recipe import Recipe, SamplingPart, load_recipe
+from prefopt.reward_models import load_judge
+from prefopt.reward_models.preference_trainer import (
+    PreferenceModelConfig,
+    PreferenceModelTrainer,
+    comparison_dataset,
+    tokenize_comparisons,
+)
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
+from prefopt.rollout.engine import SamplingSettings
+from prefopt.rounds.pairing import check_samples
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
 from prefopt.trainers.base import TreeTrainerConfig, last_complete_checkpoint
 from prefopt.trainers.pairs import pair_dataset
-from prefopt.trainers.sft import SFTTrainer
+from prefopt.trainers.round_config import RoundConfig, prompt_limit
+from prefopt.trainers.rounds import RoundTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +55,13 @@ logger = logging.getLogger(__name__)
 ALGORITHMS: dict[str, tuple[type[Any], type[Trainer]]] = {
     **TRAINERS,
     "reward_model": (RewardModelConfig, RewardModelTrainer),
+    "preference_model": (PreferenceModelConfig, PreferenceModelTrainer),
+}
+
+# what a judge is worth on held-out rows
+JUDGE_REPORTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "reward_model": reward_model_report,
+    "preference_model": preference_model_report,
 }
 
 
@@ -57,17 +75,9 @@ class Rows:
         invalid: Rows left out by ``data.invalid_rows=drop``, by problem.
     """
 
-    train: TokenizedPairs | TokenizedDemonstrations
-    evaluation: TokenizedPairs | TokenizedDemonstrations | None
+    train: Tokenized
+    evaluation: Tokenized | None
     invalid: dict[str, int]
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash over the ids of all training rows, in order."""
-        digest = xxhash.xxh3_128()
-        for index in range(len(self.train)):
-            digest.update(repr(self.train[index]).encode())
-        return digest.hexdigest()
 
 
 # Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...).
@@ -79,6 +89,8 @@ SAID_ELSEWHERE = {
     "max_prompt_length",
     "remove_unused_columns",
     "disable_tqdm",
+    "rounds_dir",
+    "generation_batch_size",
 }
 
 
@@ -141,9 +153,12 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     sources = [Source(**s.model_dump()) for s in data.sources or ()] or [
         Source(str(data.path), split=data.split, name=data.name, revision=data.revision)
     ]
-    demonstrations = recipe.trainer.algorithm == "sft"
-    parse: Callable[..., Any] = parse_demonstrations if demonstrations else parse_pair
-    tokenize: Callable[..., Any] = tokenize_demonstrations if demonstrations else tokenize_pairs
+    algorithm = recipe.trainer.algorithm
+    prompts_only = in_rounds(algorithm)
+    demonstrations = algorithm == "sft"
+    parse: Callable[..., Any] = parse_pair
+    if demonstrations or prompts_only:
+        parse = parse_demonstrations if demonstrations else parse_prompt
 
     def parsed(located: Any) -> tuple[list[Any], dict[str, int]]:
         items, problems = validate(located, parse, invalid=data.invalid_rows)
@@ -163,19 +178,62 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         held_out, more = parsed(located)
         invalid = {k: invalid.get(k, 0) + more.get(k, 0) for k in invalid | more}
     items = items[: data.max_rows]
-    conversational = not isinstance(items[0].prompt, str)
-    check_tokenizer(tokenizer, conversational=conversational)
-    limits = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
-    train_rows = tokenize(items, tokenizer, **limits)
+    check_tokenizer(tokenizer, conversational=not isinstance(prompt_of(items[0]), str))
+    tokenize = tokenizer_of_rows(recipe, tokenizer)
+    train_rows = tokenize(items)
     for reason, count in {**invalid, **vars(train_rows.dropped)}.items():
         if count:
             logger.warning("rows left out: %d (%s)", count, reason.replace("_", " "))
-    return Rows(train_rows, tokenize(held_out, tokenizer, **limits) if held_out else None, invalid)
+    if prompts_only and held_out:
+        logger.info("held out of training: %d prompts", len({str(item) for item in held_out}))
+        held_out = []
+    return Rows(train_rows, tokenize(held_out) if held_out else None, invalid)
+
+
+def tokenizer_of_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[Any]], Any]:
+    """What makes token ids of the parsed rows of a recipe, within its limits on lengths."""
+    data, algorithm = recipe.data, recipe.trainer.algorithm
+    limits = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
+    if in_rounds(algorithm):
+        limit = prompt_limit(**limits, max_new_tokens=recipe.rollout.max_new_tokens)
+        return partial(
+            tokenize_prompts, tokenizer=tokenizer, max_prompt_length=limit, distinct=True
+        )
+    by_algorithm = {"sft": tokenize_demonstrations, "preference_model": tokenize_comparisons}
+    tokenize = by_algorithm.get(algorithm, tokenize_pairs)
+    return partial(tokenize, tokenizer=tokenizer, **limits)
+
+
+def in_rounds(algorithm: str) -> bool:
+    """Whether an algorithm samples: it then needs prompts, a judge and the rollout section."""
+    return issubclass(ALGORITHMS[algorithm][0], RoundConfig)
+
+
+def prompt_of(item: Any) -> Prompt:
+    """The prompt of a parsed row; a row of prompts is one itself."""
+    return item if isinstance(item, str | list) else item.prompt
+
+
+def sampling_of(recipe: Recipe) -> list[SamplingSettings]:
+    """The rollout section as the settings of each part of a prompt's samples."""
+    rollout = recipe.rollout
+    parts = rollout.mix or [SamplingPart()]
+    common = {name: getattr(rollout, name) for name in ("temperature", "top_p", "top_k")}
+    return [
+        SamplingSettings(
+            max_new_tokens=rollout.max_new_tokens,
+            samples_per_prompt=rollout.samples_per_prompt // len(parts),
+            **common | part.model_dump(exclude_none=True),
+        )
+        for part in parts
+    ]
 
 
 def split_by_prompt(items: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Holds out a random share of the prompts with all their rows."""
-    keys = [json.dumps(item.prompt, sort_keys=True) for item in items]
+    keys = [json.dumps(prompt_of(item), sort_keys=True) for item in items]
     prompts = sorted(set(keys))
     random.Random(seed).shuffle(prompts)
     held_out = set(prompts[: max(1, round(fraction * len(prompts)))])
@@ -207,7 +265,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
     if main:
-        open_run(recipe, {"rows": rows.fingerprint, "processes": args.world_size})
+        open_run(recipe, {"rows": rows.train.fingerprint, "processes": args.world_size})
     set_seed(recipe.seed)
     try:
         trainer = make_trainer(recipe, args, tokenizer, rows)
@@ -224,12 +282,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "seconds": outcome.metrics["train_runtime"],
     }
     if trainer.eval_dataset is not None:
-        if isinstance(trainer, RewardModelTrainer):
-            result["reward_model"] = reward_model_report(trainer)
+        report = JUDGE_REPORTS.get(recipe.trainer.algorithm)
+        if report is not None:
+            result[recipe.trainer.algorithm] = report(trainer)
         else:
             trainer.evaluate()
             last = trainer.state.log_history[-1]
             result["evaluation"] = {k: v for k, v in last.items() if k.startswith("eval_")}
+    if isinstance(trainer, RoundTrainer):
+        result["rounds"] = trainer.reports()
     save_final(trainer, recipe)
     if main:
         atomic_write(summary, json.dumps(result, indent=2) + "\n")
@@ -256,27 +317,46 @@ def make_config(recipe: Recipe) -> Any:
         "disable_tqdm": True,  # the bar is ours
         **trainer_options(recipe),
     }
+    if in_rounds(recipe.trainer.algorithm):
+        settings["rounds_dir"] = str(folder / "rounds")
+        settings["generation_batch_size"] = recipe.rollout.batch_size
+        if settings.pop("eval_strategy", "no") != "no":
+            logger.info("trainer.eval_strategy is not used by %s", recipe.trainer.algorithm)
     if issubclass(config_class, TreeTrainerConfig):
         settings["log_probs_dir"] = str(folder / "log_probs")
         settings["max_prompt_length"] = recipe.data.max_prompt_length
         settings["max_length"] = recipe.data.max_length
     try:
-        return config_class(**settings)
+        args = config_class(**settings)
     except (TypeError, ValueError, ImportError, OSError) as error:  # how it refuses values
         raise PrefoptError(f"trainer: {error}") from error
+    if in_rounds(recipe.trainer.algorithm):
+        if recipe.judge is None:
+            raise PrefoptError(
+                f"{recipe.trainer.algorithm} has its samples judged: the recipe needs a section "
+                "judge, such as judge: {kind: reward_model, path: runs/reward_model/final}"
+            )
+        check_samples(args.pairing_settings(), recipe.rollout.samples_per_prompt)
+    return args
 
 
 def make_trainer(
     recipe: Recipe, args: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows
 ) -> Trainer:
     """Loads the model and builds the trainer of a recipe."""
-    _, trainer_class = ALGORITHMS[recipe.trainer.algorithm]
+    algorithm = recipe.trainer.algorithm
+    _, trainer_class = ALGORITHMS[algorithm]
     folder = Path(recipe.run_dir)
     for key in sorted(recipe.trainer.options.keys() - trainer_options(recipe).keys()):
-        logger.info("trainer.%s is not used by %s", key, recipe.trainer.algorithm)
+        logger.info("trainer.%s is not used by %s", key, algorithm)
     datasets: list[Any] = [rows.train, rows.evaluation]
-    if trainer_class is not SFTTrainer:
-        datasets = [None if part is None else pair_dataset(part) for part in datasets]
+    as_dataset = {"sft": None, "preference_model": comparison_dataset}.get(algorithm, pair_dataset)
+    more: dict[str, Any] = {}
+    if in_rounds(algorithm):
+        judge = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
+        more = {"judge": judge, "sampling": sampling_of(recipe)}
+    elif as_dataset is not None:
+        datasets = [None if part is None else as_dataset(part) for part in datasets]
     model = _load_model(recipe, tokenizer)
     try:
         trainer = trainer_class(
@@ -287,9 +367,10 @@ def make_trainer(
             processing_class=tokenizer,
             peft_config=_lora(recipe),
             callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar(recipe.name)],
+            **more,
         )
     except (ValueError, RuntimeError) as error:  # how transformers, PEFT, TRL refuse settings
-        raise PrefoptError(f"{recipe.trainer.algorithm}: {error}") from error
+        raise PrefoptError(f"{algorithm}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer

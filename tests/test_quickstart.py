@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 
 from prefopt import quickstart as module
 from prefopt.errors import PrefoptError
-from prefopt.quickstart import available_algorithms, quickstart
-from prefopt.world import build_world
+from prefopt.quickstart import available_algorithms, exploitability, quickstart
+from prefopt.world import STYLES, build_world, ideal_answer
 
 
 def test_every_stage_leaves_what_the_summary_promises(
@@ -19,23 +20,48 @@ def test_every_stage_leaves_what_the_summary_promises(
 ) -> None:
     small = partial(build_world, sft_rows=200, preference_rows=60, prompt_rows=16)
     monkeypatch.setattr(module, "build_world", small)
-    summary = quickstart(tmp_path, seed=1, algorithms=["dpo"])
-    assert summary == json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary["algorithms"]) == ["sft", "dpo"]
-    dpo = summary["algorithms"]["dpo"]
-    low, high = dpo["win_rate_ci"]
-    assert 0 <= low <= dpo["win_rate"] <= high <= 100
-    assert {"kl", "mean_length", "seconds"} <= dpo.keys()
-    assert summary["algorithms"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)
-    assert summary["reward_model"]["pairs"] == 6
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for recipe in module.RECIPES.iterdir():
+        text = re.sub(r"prompts_per_round: \d+", "prompts_per_round: 16", recipe.read_text())
+        (recipes / recipe.name).write_text(text)
+    monkeypatch.setattr(module, "RECIPES", recipes)
+    out, names = tmp_path / "run", ["dpo", "online_dpo", "inpo"]
+    summary = quickstart(out, seed=1, algorithms=names)
+    assert summary == json.loads((out / "summary.json").read_text())
+    for result in (summary, summary["intransitive"]):
+        assert list(result["algorithms"]) == ["sft", *names]
+        for name in names:
+            row = result["algorithms"][name]
+            low, high = row["win_rate_ci"]
+            assert 0 <= low <= row["win_rate"] <= high <= 100
+            assert {"kl", "mean_length", "seconds"} <= row.keys()
+        assert result["algorithms"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)
+        assert result["reward_model"]["pairs"] == 6
+        assert 0 <= result["preference_model"]["position_consistency"] <= 1
+    circular = summary["intransitive"]["algorithms"]
+    assert all(-0.5 <= row["exploitability"] <= 0.5 for row in circular.values())
+    assert (out / "intransitive" / "report.html").exists()
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 16
-    assert set(samples[0]["answers"]) == {"sft", "dpo"}
-    page = (tmp_path / "report.html").read_text()
+    assert set(samples[0]["answers"]) == {"sft", *names}
+    page = (out / "report.html").read_text()
     assert samples[0]["prompt"].split(": ")[1].split()[0] in page
-    assert quickstart(tmp_path, seed=1, algorithms=["dpo"]) == summary, "a second call only reads"
+    assert "exploitability" in page, "the intransitive setting stands on the same page"
+    assert quickstart(out, seed=1, algorithms=names) == summary, "a second call only reads"
     with pytest.raises(PrefoptError, match="expected a world made with"):
-        quickstart(tmp_path, seed=2, algorithms=["dpo"])
+        quickstart(out, seed=2, algorithms=names)
+
+
+def test_exploitability_is_what_the_best_style_gains() -> None:
+    prompts = [[{"role": "user", "content": "please say again : cow dog"}]] * 3
+    chatty = [ideal_answer(prompts[0], "chatty")] * 3
+    # plain beats chatty by the style margin: sigmoid(0.2 / 0.1)
+    assert exploitability(prompts, chatty)["exploitability"] == pytest.approx(0.880797 - 0.5)
+    balanced = [ideal_answer(prompts[0], style) for style in STYLES]
+    assert exploitability(prompts, balanced)["exploitability"] == pytest.approx(0.0)
+    rude = ["obviously : cow dog ."] * 3
+    assert exploitability(prompts, rude)["exploitability"] > 0.4
 
 
 def test_an_unknown_algorithm_is_named_before_anything_runs(tmp_path: Path) -> None:
@@ -45,14 +71,17 @@ def test_an_unknown_algorithm_is_named_before_anything_runs(tmp_path: Path) -> N
 
 
 def test_the_trainers_of_the_table_have_a_quickstart() -> None:
-    assert "dpo" in available_algorithms()
+    assert available_algorithms() == ["dpo", "online_dpo", "inpo"]
 
 
-# the real world from nothing, about 3 minutes on 2 cores: the regression test of learning
+# both real worlds from nothing, about 8 minutes on 2 cores: the regression test of learning
 @pytest.mark.slow
-def test_dpo_beats_sft_by_the_gold_rule(tmp_path: Path) -> None:
-    summary = quickstart(tmp_path, seed=0, algorithms=["dpo"])
-    dpo, sft = summary["algorithms"]["dpo"], summary["algorithms"]["sft"]
-    assert dpo["win_rate_ci"][0] > 50
-    assert dpo["gold_quality"] > sft["gold_quality"]
+def test_every_algorithm_beats_sft_by_the_gold_rule(tmp_path: Path) -> None:
+    summary = quickstart(tmp_path, seed=0)
+    sft = summary["algorithms"]["sft"]
+    for name in ("dpo", "online_dpo", "inpo"):
+        row = summary["algorithms"][name]
+        assert row["win_rate_ci"][0] > 50, name
+        assert row["gold_quality"] > sft["gold_quality"], name
     assert summary["reward_model"]["accuracy"] > 0.65
+    assert summary["preference_model"]["accuracy"] > 0.6

@@ -155,6 +155,23 @@ def gold_preference(
     return favoured if margin >= 0 else 1 - favoured
 
 
+def ideal_answer(prompt_messages: list[Message], style: str) -> str:
+    """The right answer in one of `STYLES`: the strongest answers of the intransitive setting.
+
+    Raises:
+        PrefoptError: The messages are not a prompt of this world.
+    """
+    items = " ".join(right_answer(prompt_messages)) + " ."
+    opening, closing, filler = (
+        PHRASES[kind][0] for kind in ("polite opening", "polite closing", "filler")
+    )
+    return {
+        "plain": items,
+        "chatty": f"{filler} {items}",
+        "courteous": f"{opening} {items} {closing}",
+    }[style]
+
+
 def _quality(prompt: list[Message], answer: Answer, polite: float, waste: int) -> float:
     needed = right_answer(prompt)
     given = answer.items

@@ -56,8 +56,8 @@ def test_every_stage_leaves_what_the_summary_promises(
 def test_exploitability_is_what_the_best_style_gains() -> None:
     prompts = [[{"role": "user", "content": "please say again : cow dog"}]] * 3
     chatty = [ideal_answer(prompts[0], "chatty")] * 3
-    # plain beats chatty by the style margin: sigmoid(0.2 / 0.1)
-    assert exploitability(prompts, chatty)["exploitability"] == pytest.approx(0.880797 - 0.5)
+    # plain beats chatty by the style margin: sigmoid(0.3 / 0.1)
+    assert exploitability(prompts, chatty)["exploitability"] == pytest.approx(0.952574 - 0.5)
     balanced = [ideal_answer(prompts[0], style) for style in STYLES]
     assert exploitability(prompts, balanced)["exploitability"] == pytest.approx(0.0)
     rude = ["obviously : cow dog ."] * 3

@@ -237,7 +237,7 @@ def test_intransitive_preferences_run_in_a_circle() -> None:
     assert tuple(parse_answer(answers[style]).style for style in STYLES) == STYLES
     for winner, loser in zip(STYLES, STYLES[1:] + STYLES[:1], strict=True):
         p = gold_preference(SOUNDS, answers[winner], answers[loser], intransitive=True)
-        assert p == pytest.approx(1 / (1 + math.exp(-2)))
+        assert p == pytest.approx(1 / (1 + math.exp(-3)))
         same = gold_preference(SOUNDS, answers[winner], answers[winner], intransitive=True)
         assert same == 0.5
     # Style settles nothing that a wrong answer or rudeness has settled already.
@@ -359,14 +359,17 @@ def test_a_world_is_written_once_and_never_over_another(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_intransitive_world_has_other_labels_only(world: WorldPaths, tmp_path: Path) -> None:
-    circular = build_world(tmp_path / "world", seed=3, intransitive=True, **SIZES)
-    assert circular.sft.read_bytes() == world.sft.read_bytes()
-    ours, theirs = rows(circular.preferences), rows(world.preferences)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a["prompt"] == b["prompt"]
-        assert {str(a["chosen"]), str(a["rejected"])} == {str(b["chosen"]), str(b["rejected"])}
-    assert ours != theirs
+def test_intransitive_world_has_other_pairs_only(tmp_path: Path) -> None:
+    usual, circular = (
+        build_world(tmp_path / str(i), seed=3, intransitive=i, sft_rows=4, preference_rows=600)
+        for i in (False, True)
+    )
+    assert circular.sft.read_bytes() == usual.sft.read_bytes()
+    assert circular.prompts.read_bytes() == usual.prompts.read_bytes()
+    assert circular.preferences.read_bytes() != usual.preferences.read_bytes()
+    answers = [parse_answer(row["chosen"][0]["content"]) for row in rows(circular.preferences)]
+    shares = [sum(a.style == style for a in answers) / len(answers) for style in STYLES]
+    assert min(shares) > 0.25, "each style wins about as often as the others"
 
 
 def test_base_model_matches_its_tokenizer_and_leaves_the_global_seed_alone(

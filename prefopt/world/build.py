@@ -16,7 +16,13 @@ from prefopt.data.rows import Message
 from prefopt.errors import PrefoptError
 from prefopt.rounds.storage import atomic_directory
 from prefopt.world.gold import gold_preference
-from prefopt.world.grammar import CANDIDATES, DEMONSTRATIONS, draw_answer, draw_prompt
+from prefopt.world.grammar import (
+    CANDIDATES,
+    DEMONSTRATIONS,
+    STYLED,
+    draw_answer,
+    draw_prompt,
+)
 from prefopt.world.tokenizer import MAX_LENGTH, world_tokenizer
 
 
@@ -59,7 +65,7 @@ def build_world(
         sft_rows: Rows of ``sft.jsonl``.
         preference_rows: Rows of ``preferences.jsonl``.
         prompt_rows: Rows of ``prompts.jsonl``.
-        intransitive: Let the annotator judge by the intransitive rule.
+        intransitive: Pairs of answers in three styles, judged by the intransitive rule.
 
     Raises:
         PrefoptError: The directory exists and holds anything else than this very world.
@@ -138,9 +144,10 @@ def _demonstration(prompt: list[Message], rng: Random) -> dict[str, list[Message
 
 def _preference(prompt: list[Message], rng: Random, intransitive: bool) -> dict[str, list[Message]]:
     """Lets the annotator choose between two different answers."""
-    a = b = draw_answer(prompt, CANDIDATES, rng)
+    mixture = STYLED if intransitive else CANDIDATES
+    a = b = draw_answer(prompt, mixture, rng)
     while a == b:
-        b = draw_answer(prompt, CANDIDATES, rng)
+        b = draw_answer(prompt, mixture, rng)
     if rng.random() >= gold_preference(prompt, a, b, intransitive=intransitive):
         a, b = b, a
     return {"prompt": prompt, "chosen": _reply(a), "rejected": _reply(b)}

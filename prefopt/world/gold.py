@@ -33,7 +33,7 @@ WEIGHTS = {"correct": 0.4, "complete": 0.3, "polite": 0.3}
 WASTE_LIMIT = 24
 TEMPERATURE = 0.1
 STYLES = ("plain", "chatty", "courteous")  # each beats the next, the last beats the first
-STYLE_MARGIN = 0.2
+STYLE_MARGIN = 0.3
 
 _PHRASES = {
     tuple(phrase.split()): label for label, phrases in PHRASES.items() for phrase in phrases

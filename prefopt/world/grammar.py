@@ -150,6 +150,8 @@ class Mixture:
 
 DEMONSTRATIONS = Mixture(wrong=0.15, partial=0.2, polite=0.4, rude=0.3, padded=0.35)
 CANDIDATES = Mixture(wrong=0.25, partial=0.2, polite=0.5, rude=0.25, padded=0.35)
+# For preferences that go round in a circle of styles: the three styles equally often, little else.
+STYLED = Mixture(wrong=0.15, partial=0.1, polite=0.45, rude=0.1, padded=0.33)
 
 
 def draw_prompt(rng: Random) -> list[Message]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.eval.reward_model import _ORDER, _bucket
+from prefopt.eval.reward_model import BUCKET_ORDER, bucket_of
 from prefopt.eval.win_rate import accuracy_by, calibration
 from prefopt.reward_models.preference_model import position_average
 from prefopt.reward_models.preference_trainer import PreferenceModelTrainer
@@ -33,7 +33,7 @@ def preference_model_report(trainer: PreferenceModelTrainer) -> dict[str, Any]:
     forth, back = first_wins[0::2], first_wins[1::2]  # the chosen answer stands first, and second
     p = position_average(forth, back)
     outcome = np.asarray(dataset.columns["p_a"], dtype=np.float64)[0::2]
-    groups = [_bucket(difference) for difference in dataset.columns["length_difference"][0::2]]
+    groups = [bucket_of(difference) for difference in dataset.columns["length_difference"][0::2]]
     result = calibration(p, outcome)
     return {
         "pairs": len(p),
@@ -43,6 +43,6 @@ def preference_model_report(trainer: PreferenceModelTrainer) -> dict[str, Any]:
         "ece": result.ece,
         "calibration": result.table,
         "accuracy_by_length": sorted(
-            accuracy_by(p, outcome, groups), key=lambda row: _ORDER.index(row["group"])
+            accuracy_by(p, outcome, groups), key=lambda row: BUCKET_ORDER.index(row["group"])
         ),
     }

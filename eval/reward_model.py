@@ -30,14 +30,14 @@ def reward_model_report(trainer: RewardModelTrainer) -> dict[str, Any]:
     outcome = np.asarray(dataset.columns.get("p_chosen", np.ones(len(p))), dtype=np.float64)
     lengths = np.array([[len(c) for c in tree.completions] for tree in dataset.trees])
     result = calibration(p, outcome)
-    groups = [_bucket(int(difference)) for difference in lengths[:, 0] - lengths[:, 1]]
+    groups = [bucket_of(int(difference)) for difference in lengths[:, 0] - lengths[:, 1]]
     return {
         "pairs": len(p),
         "accuracy": result.accuracy,
         "ece": result.ece,
         "calibration": result.table,
         "accuracy_by_length": sorted(
-            accuracy_by(p, outcome, groups), key=lambda row: _ORDER.index(row["group"])
+            accuracy_by(p, outcome, groups), key=lambda row: BUCKET_ORDER.index(row["group"])
         ),
     }
 
@@ -51,8 +51,9 @@ def _name(low: float, high: float) -> str:
     return f"chosen {span} tokens {'longer' if longer else 'shorter'}"
 
 
-_ORDER = [_name(low, high) for low, high in LENGTH_BUCKETS]
+BUCKET_ORDER = [_name(low, high) for low, high in LENGTH_BUCKETS]
 
 
-def _bucket(difference: int) -> str:
+def bucket_of(difference: int) -> str:
+    """The name of the bucket of (chosen - rejected) tokens."""
     return next(_name(a, b) for a, b in LENGTH_BUCKETS if a <= difference < b)

@@ -107,7 +107,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and self.path.exists():
             # a killed process may have left half a line, always the last and without its newline
             lines = self.path.read_text().split("\n")[:-1]
-            kept = [x for x in lines if json.loads(x)["step"] <= state.global_step > 0]
+            kept = [x for x in lines if _is_before(json.loads(x), state.global_step)]
             atomic_write(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
@@ -119,6 +119,12 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and "train_runtime" not in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def _is_before(line: Mapping[str, Any], step: int) -> bool:
+    """Whether a run resumed at a step leaves the line as it is; what begins a round comes again."""
+    begins_round = "round" in line and "loss" not in line
+    return line["step"] < step or (line["step"] == step > 0 and not begins_round)
 
 
 class ProgressBar(TrainerCallback):

@@ -9,21 +9,22 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.rows import Completion, PreferencePair, parse_pair, validate
+from prefopt.data.rows import Completion, PreferencePair
 from prefopt.data.tokenize import DropCounts, Ragged, Tokenized
 from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives.reward import answer_loss
 from prefopt.reward_models.preference_model import ComparisonEncoder, render_context
-from prefopt.trainers.base import TreeDataset, TreeTrainer, TreeTrainerConfig
-from prefopt.trainers.pairs import PairSource
+from prefopt.reward_models.trainer import JudgeTrainer
+from prefopt.trainers.base import TreeDataset, TreeTrainerConfig
+from prefopt.trainers.pairs import LazyTrees, PairSource, as_trees
 
 _BATCH = 1000  # pairs in one call of the tokenizer
 
@@ -44,26 +45,6 @@ class TokenizedComparisons(Tokenized):
     p_a: array[float] = field(default_factory=lambda: array("d"))
     length_difference: array[int] = field(default_factory=lambda: array("i"))
     where: list[str] = field(default_factory=list)
-
-
-class ComparisonTrees(Sequence[PromptTree]):
-    """Tokenised comparisons seen as trees of the two completions "A" and "B"."""
-
-    def __init__(self, comparisons: TokenizedComparisons) -> None:
-        self.comparisons = comparisons
-
-    def __len__(self) -> int:
-        return len(self.comparisons)
-
-    @overload
-    def __getitem__(self, index: int) -> PromptTree: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PromptTree]: ...
-    def __getitem__(self, index: int | slice) -> PromptTree | list[PromptTree]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        a, b = self.comparisons.answer_ids[index]
-        return PromptTree(self.comparisons.prompt_ids[index], ([a], [b]))
 
 
 def tokenize_comparisons(
@@ -139,11 +120,16 @@ def _encode(
 
 def comparison_dataset(comparisons: TokenizedComparisons) -> TreeDataset:
     """The data set of a preference model's trainer."""
+
+    def tree(index: int) -> PromptTree:
+        a, b = comparisons.answer_ids[index]
+        return PromptTree(comparisons.prompt_ids[index], ([a], [b]))
+
     columns: dict[str, Sequence[Any]] = {
         "p_a": comparisons.p_a,
         "length_difference": comparisons.length_difference,
     }
-    return TreeDataset(ComparisonTrees(comparisons), columns)
+    return TreeDataset(LazyTrees(len(comparisons), tree), columns)
 
 
 @dataclass
@@ -159,7 +145,7 @@ class PreferenceModelConfig(TreeTrainerConfig):
     )
 
 
-class PreferenceModelTrainer(TreeTrainer):
+class PreferenceModelTrainer(JudgeTrainer):
     """Fits a causal LM to the answers "A" and "B" of comparisons; soft labels are used.
 
     Args:
@@ -168,6 +154,9 @@ class PreferenceModelTrainer(TreeTrainer):
         train_dataset: Rows of preference pairs (docs/data.md), which ``processing_class`` then
             tokenises in both orders, or what `comparison_dataset` returns.
         **kwargs: As for :class:`prefopt.trainers.base.TreeTrainer`.
+
+    Raises:
+        PrefoptError: A data set holds trees that are not comparisons.
     """
 
     def __init__(
@@ -177,68 +166,40 @@ class PreferenceModelTrainer(TreeTrainer):
         train_dataset: PairSource,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, args, **_as_comparisons(args, train_dataset, kwargs))
-
-    def tree_losses(
-        self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cross-entropy of each comparison's answer, and its metrics."""
-        return _judge(sequence_log_probs(model, inputs["trees"]), inputs["p_a"])
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """Loss, and the log-probs [trees, 2] of "A" and "B" where they are asked for."""
-        if prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            log_probs = sequence_log_probs(model, inputs["trees"])
-            losses, _ = _judge(log_probs, inputs["p_a"])
-        return losses.mean(), log_probs.view(-1, 2), None
-
-
-def _judge(log_probs: Tensor, p_a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    a, b = log_probs[0::2], log_probs[1::2]
-    losses = answer_loss(a, b, p_a)
-    with torch.no_grad():
-        margins = torch.where(p_a >= 0.5, a - b, b - a)
-        metrics = {
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).float(),
-            "answers/first": (a > b).float(),
-            "answers/mass": a.exp() + b.exp(),
-        }
-    return losses, metrics
-
-
-def _as_comparisons(
-    args: PreferenceModelConfig, train_dataset: PairSource, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """A trainer's keyword arguments, with data sets of rows made into comparisons."""
-    tokenizer = kwargs.get("processing_class")
-    datasets = {"train_dataset": train_dataset, "eval_dataset": kwargs.get("eval_dataset")}
-    for name, rows in datasets.items():
-        if isinstance(rows, TreeDataset):
-            if "p_a" not in rows.columns:
+        arguments = as_trees(
+            args,
+            train_dataset,
+            kwargs,
+            tokenize=tokenize_comparisons,
+            dataset_of=comparison_dataset,
+        )
+        for name in ("train_dataset", "eval_dataset"):
+            if arguments[name] is not None and "p_a" not in arguments[name].columns:
                 raise PrefoptError(
                     f"{name}: found trees without the column p_a, expected comparisons; make them "
                     "with comparison_dataset(tokenize_comparisons(...))"
                 )
-        elif rows is not None:
-            if tokenizer is None:
-                raise PrefoptError(
-                    f"{name} holds rows of text: pass a tokenizer as processing_class"
-                )
-            located = ((f"{name}:{i}", row) for i, row in enumerate(rows, start=1))
-            pairs, _ = validate(located, parse_pair)
-            limits = {"max_prompt_length": args.max_prompt_length, "max_length": args.max_length}
-            datasets[name] = comparison_dataset(tokenize_comparisons(pairs, tokenizer, **limits))
-    return kwargs | datasets
+        super().__init__(model, args, **arguments)
+
+    def readings(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The log-probs of "A" and "B", [2 trees]."""
+        return sequence_log_probs(model, inputs["trees"])
+
+    def pair_losses(
+        self, readings: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy of each comparison's answer, and its metrics."""
+        a, b, p_a = readings[0::2], readings[1::2], inputs["p_a"]
+        losses = answer_loss(a, b, p_a)
+        with torch.no_grad():
+            margins = torch.where(p_a >= 0.5, a - b, b - a)
+            metrics = {
+                "rewards/margins": margins,
+                "rewards/accuracies": (margins > 0).float(),
+                "answers/first": (a > b).float(),
+                "answers/mass": a.exp() + b.exp(),
+            }
+        return losses, metrics
 
 
 def _text(completion: Completion) -> str:

@@ -26,7 +26,43 @@ class RewardModelConfig(TreeTrainerConfig):
     )
 
 
-class RewardModelTrainer(TreeTrainer):
+class JudgeTrainer(TreeTrainer):
+    """Base of the judges' trainers: a reading of each answer, and a loss of the pair's two."""
+
+    def readings(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What the judge says of each completion, [2 trees], the pair's two in turn."""
+        raise NotImplementedError
+
+    def pair_losses(
+        self, readings: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One loss a pair and the metrics to average, each [trees]."""
+        raise NotImplementedError
+
+    def tree_losses(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair, and its metrics."""
+        return self.pair_losses(self.readings(model, inputs), inputs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Loss, and the readings [trees, 2] where they are asked for."""
+        if prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            readings = self.readings(model, inputs)
+            losses, _ = self.pair_losses(readings, inputs)
+        return losses.mean(), readings.view(-1, 2), None
+
+
+class RewardModelTrainer(JudgeTrainer):
     """Fits a sequence classifier with one label to pairs; soft labels and margins are used.
 
     Args:
@@ -42,14 +78,16 @@ class RewardModelTrainer(TreeTrainer):
     ) -> None:
         super().__init__(model, args, **as_trees(args, train_dataset, kwargs))
 
-    def tree_losses(
-        self, model: nn.Module, inputs: dict[str, Any]
+    def readings(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The score of each completion, [2 trees]."""
+        scores: Tensor = model(trees=inputs["trees"])["scores"]
+        return scores
+
+    def pair_losses(
+        self, readings: Tensor, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The Bradley-Terry loss of each pair, and its metrics."""
-        return self._judge(model(trees=inputs["trees"])["scores"], inputs)
-
-    def _judge(self, scores: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = scores[0::2], scores[1::2]
+        chosen, rejected = readings[0::2], readings[1::2]
         losses = bradley_terry_loss(
             chosen,
             rejected,
@@ -65,19 +103,3 @@ class RewardModelTrainer(TreeTrainer):
                 "rewards/accuracies": (chosen > rejected).float(),
             }
         return losses, metrics
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """Loss, and the scores [trees, 2] of chosen and rejected where they are asked for."""
-        if prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            scores = model(trees=inputs["trees"])["scores"]
-            losses, _ = self._judge(scores, inputs)
-        return losses.mean(), scores.view(-1, 2), None

@@ -109,7 +109,7 @@ def collect_round(
         Seconds this process spent, ``time/generate`` and ``time/judge``.
     """
     seconds = Counter({"time/generate": 0.0, "time/judge": 0.0})
-    if (folder / "round.json").exists():
+    if (folder / "round.json").exists() and (folder / "pairs.jsonl").exists():
         return dict(seconds)
     rollouts: dict[int, list[Sample]] = {}
     judgements: dict[int, Judgement] = {}

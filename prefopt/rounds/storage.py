@@ -43,6 +43,15 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Removes what killed processes left half-written in a folder, at any depth."""
+    for path in folder.rglob(".*.partial-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def sync_tree(folder: Path) -> None:
     """Flushes a folder and all in it to the disk."""
     for path in (*folder.rglob("*"), folder):

@@ -235,10 +235,12 @@ class TreeTrainer(CompleteCheckpoints):
         """The sum of losses over the number of trees in the global batch, times the ranks."""
         trees: TreeBatch = inputs["trees"]
         losses, metrics = self.tree_losses(model, inputs)
-        if inputs.get("filler"):  # there so that all processes take the same steps
-            return losses.sum() * 0
+        metrics |= _length_metrics(trees)
         mode = "train" if model.training else "eval"
-        self._metrics[mode].add(metrics | _length_metrics(trees))
+        if inputs.get("filler"):  # there so that all processes take the same steps, and log alike
+            self._metrics[mode].add({name: value[:0] for name, value in metrics.items()})
+            return losses.sum() * 0
+        self._metrics[mode].add(metrics)
         if mode == "train":
             self._tokens += trees.input_ids.numel()
         if num_items_in_batch is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from prefopt.data.rows import parse_pair, validate
@@ -15,44 +15,55 @@ from prefopt.trainers.base import TreeDataset, TreeTrainerConfig
 PairSource = TreeDataset | Iterable[dict[str, Any]] | None
 
 
-class PairTrees(Sequence[PromptTree]):
-    """Tokenised pairs seen as trees of two completions, the chosen one first."""
+class LazyTrees(Sequence[PromptTree]):
+    """Trees that are made when they are asked for.
 
-    def __init__(self, pairs: TokenizedPairs) -> None:
-        self.pairs = pairs
+    Args:
+        length: How many there are.
+        make: Makes the tree of an index.
+    """
+
+    def __init__(self, length: int, make: Callable[[int], PromptTree]) -> None:
+        self.length, self.make = length, make
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return self.length
 
     @overload
     def __getitem__(self, index: int) -> PromptTree: ...
     @overload
     def __getitem__(self, index: slice) -> list[PromptTree]: ...
     def __getitem__(self, index: int | slice) -> PromptTree | list[PromptTree]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        pairs = self.pairs
-        return PromptTree(
-            pairs.prompt_ids[index], (pairs.chosen_ids[index], pairs.rejected_ids[index])
-        )
+        here = range(self.length)[index]
+        return self.make(here) if isinstance(here, int) else [self.make(i) for i in here]
 
 
 def pair_dataset(pairs: TokenizedPairs) -> TreeDataset:
-    """The data set of a trainer on pairs.
+    """The data set of a trainer on pairs: trees of two completions, the chosen one first.
 
     The columns ``p_chosen`` (soft labels) and ``margin`` are there only if some row says something
     other than 1 and 0.
     """
+
+    def tree(index: int) -> PromptTree:
+        completions = (pairs.chosen_ids[index], pairs.rejected_ids[index])
+        return PromptTree(pairs.prompt_ids[index], completions)
+
     columns: dict[str, Sequence[float]] = {}
     if any(p != 1.0 for p in pairs.p_chosen):
         columns["p_chosen"] = pairs.p_chosen
     if any(m != 0.0 for m in pairs.margin):
         columns["margin"] = pairs.margin
-    return TreeDataset(PairTrees(pairs), columns)
+    return TreeDataset(LazyTrees(len(pairs), tree), columns)
 
 
 def as_trees(
-    args: TreeTrainerConfig, train_dataset: PairSource, kwargs: dict[str, Any]
+    args: TreeTrainerConfig,
+    train_dataset: PairSource,
+    kwargs: dict[str, Any],
+    *,
+    tokenize: Callable[..., Any] = tokenize_pairs,
+    dataset_of: Callable[[Any], TreeDataset] = pair_dataset,
 ) -> dict[str, Any]:
     """A trainer's keyword arguments, with data sets of rows made into trees.
 
@@ -60,6 +71,8 @@ def as_trees(
         args: The limits on lengths.
         train_dataset: Rows of preference pairs (docs/data.md) or ready trees.
         kwargs: The trainer's other arguments; ``processing_class`` tokenises.
+        tokenize: What makes token ids of the parsed pairs.
+        dataset_of: What makes a data set of its result.
 
     Raises:
         PrefoptError: A row is wrong, none is short enough, or there is no tokenizer for rows.
@@ -75,5 +88,5 @@ def as_trees(
         pairs, _ = validate(located, parse_pair)
         check_tokenizer(tokenizer, conversational=not isinstance(pairs[0].prompt, str))
         limits = {"max_prompt_length": args.max_prompt_length, "max_length": args.max_length}
-        datasets[name] = pair_dataset(tokenize_pairs(pairs, tokenizer, **limits))
+        datasets[name] = dataset_of(tokenize(pairs, tokenizer, **limits))
     return kwargs | datasets

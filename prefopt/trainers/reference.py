@@ -132,7 +132,7 @@ def stored_log_probs(
                 progress=step,
             )
         accelerator.wait_for_everyone()
-    logger.info("log-probs of %d rows: %s", len(trees), folder)
+        logger.info("log-probs of %d rows: %s", len(trees), folder)
     return shards.load()
 
 
@@ -175,6 +175,8 @@ def report_initial_margins(trainer: TreeTrainer, dataset: TreeDataset, beta: flo
 @contextmanager
 def progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
     """A transient bar on stderr; yields a function to be told of each advance."""
-    with Progress(console=Console(stderr=True), disable=not show, transient=True) as bar:
+    console = Console(stderr=True)
+    show = show and console.is_terminal  # elsewhere it would leave empty lines
+    with Progress(console=console, disable=not show, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)

@@ -35,7 +35,7 @@ from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.collect import Collector, collect_round, read_round, sampled_trees
 from prefopt.rounds.pairing import check_samples
 from prefopt.rounds.plan import plan_rounds
-from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.storage import atomic_write, remove_partial
 from prefopt.rounds.store import read_lines, round_folder
 from prefopt.rounds.weights import load_trainable, save_trainable, weights_of
 from prefopt.trainers.base import TreeDataset, TreeTrainer
@@ -113,6 +113,7 @@ class RoundTrainer(TreeTrainer):
         parts = [sampling] if isinstance(sampling, SamplingSettings) else sampling
         self.sampling = list(parts or [SamplingSettings(samples_per_prompt=2)])
         self.samples_per_prompt = sum(part.samples_per_prompt for part in self.sampling)
+        schedule(args, 1)  # refuses a schedule that needs more than the step
         self.pairing = args.pairing_settings()
         check_samples(self.pairing, self.samples_per_prompt)
         longest = max(part.max_new_tokens for part in self.sampling)
@@ -174,6 +175,8 @@ class RoundTrainer(TreeTrainer):
                     f"{self.rounds_dir}: these rounds were begun with other {', '.join(different)};"
                     " choose another folder, or delete this one to begin again"
                 )
+        if main:
+            remove_partial(self.rounds_dir)
         if main and self._uses_initial_weights and not self._initial_weights.exists():
             if resumed:
                 raise PrefoptError(
@@ -359,8 +362,8 @@ class RoundTrainer(TreeTrainer):
 
     def reports(self) -> list[dict[str, Any]]:
         """Counts and means of every round so far, as their ``round.json`` say."""
-        folders = (round_folder(self.rounds_dir, k) for k in range(len(self.pairs)))
-        return [report for folder in folders for report in read_lines(folder / "round.json")]
+        paths = (round_folder(self.rounds_dir, k) / "round.json" for k in range(len(self.plan)))
+        return [report for path in paths if path.exists() for report in read_lines(path)]
 
     # --- the learning rate -----------------------------------------------------------------------
 

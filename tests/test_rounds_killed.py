@@ -1,0 +1,489 @@
+"""Runs in rounds that are interrupted, killed or spread over two processes end as if they were not.
+
+Kills are real ones of ``python -m prefopt train``; interruptions within this process say what each
+kind of round owes to that.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from test_rounds import (
+    PROMPTS,
+    SEED,
+    TOKENIZER,
+    Graded,
+    Make,
+    Stopped,
+    coarse,
+    contents,
+    equal,
+    fine,
+    logged,
+    make_trainer,
+    tiny_policy,
+    weights,
+)
+from transformers import TrainerCallback
+
+from prefopt.errors import PrefoptError
+from prefopt.models.load import load_reward_model
+from prefopt.rollout.engine import SamplingSettings
+from prefopt.rollout.hf_engine import TransformersEngine
+from prefopt.rounds.store import read_lines
+from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.rounds import RoundTrainer
+from prefopt.world import build_world
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap() -> Iterator[None]:
+    """Every run begins with a garbage collection, a third of a second with all that is imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Makes trainers, each in a run folder, on the same prompts and weights."""
+    return lambda run="run", *args, **options: make_trainer(tmp_path / run, *args, **options)
+
+
+# --- interrupted runs ----------------------------------------------------------------------------
+
+
+class StopBefore(TrainerCallback):
+    """Ends a run as a step begins: its round is on disk, the step is not taken."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Stopped
+
+
+def interrupted(make: Make, run: str, step: int, **options: Any) -> str | None:
+    trainer = make(run, callbacks=[StopBefore(step)], **options)
+    with pytest.raises(Stopped):
+        trainer.train()
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    return None if checkpoint is None else str(checkpoint)
+
+
+EVERY_TWO_STEPS = {"save_strategy": "steps", "save_steps": 2}
+EVERY_ROUND = {"save_strategy": "epoch"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RoundTrainer]:
+    """Uninterrupted runs, by algorithm."""
+    folder, runs = tmp_path_factory.mktemp("whole"), {}
+    for algorithm in ("online_dpo", "inpo"):
+        runs[algorithm] = make_trainer(folder / algorithm, algorithm)
+        runs[algorithm].train()
+    return runs
+
+
+@pytest.mark.parametrize("algorithm", ["online_dpo", "inpo"])
+@pytest.mark.parametrize(
+    ("saved", "step", "last"),  # a round has three steps
+    [
+        (EVERY_TWO_STEPS, 1, None),
+        (EVERY_TWO_STEPS, 3, 2),
+        (EVERY_TWO_STEPS, 5, 4),
+        (EVERY_ROUND, 3, 3),
+    ],
+)
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    make: Make,
+    whole: dict[str, RoundTrainer],
+    algorithm: str,
+    saved: dict[str, Any],
+    step: int,
+    last: int | None,
+) -> None:
+    checkpoint = interrupted(make, "stopped", step, algorithm=algorithm, **saved)
+    assert (checkpoint and int(checkpoint.rsplit("-", 1)[1])) == last
+    resumed = make("stopped", algorithm, **saved)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert equal(weights(whole[algorithm].model), weights(resumed.model))
+    assert contents(whole[algorithm].rounds_dir) == contents(resumed.rounds_dir)
+    for name in ("loss", "learning_rate", "round"):
+        assert logged(whole[algorithm], name) == logged(resumed, name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reference": "previous"},
+        {"data_window": "all_so_far"},
+        {"initial_policy": "initial"},
+        {"optimizer_state": "continue", "lr_scheduler_type": "cosine"},
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_kind_of_round_can_be_interrupted(make: Make, options: dict[str, Any]) -> None:
+    options = options | EVERY_TWO_STEPS
+    whole = make("whole", **options)
+    whole.train()
+    checkpoint = interrupted(make, "stopped", 5, **options)
+    resumed = make("stopped", **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert equal(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("fails", ["judge", "engine"])
+def test_what_is_on_disk_is_not_asked_for_again(make: Make, fails: str) -> None:
+    """The third of four shards of the second round fails at first."""
+    asked: list[str] = []
+
+    class Counted(Graded):
+        def score(self, prompts: Any, completions: Any, **columns: Any) -> np.ndarray:
+            asked.append("judge")
+            if fails == "judge" and asked.count("judge") == 7 and "failed" not in asked:
+                asked.append("failed")
+                raise Stopped
+            return super().score(prompts, completions)
+
+    class Failing(TransformersEngine):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            asked.append("engine")
+            if fails == "engine" and asked.count("engine") == 7 and "failed" not in asked:
+                asked.append("failed")
+                raise Stopped
+            return super().generate(*args, **kwargs)
+
+    def attempt(run: str) -> RoundTrainer:
+        policy = tiny_policy()
+        return make(
+            run,
+            model=policy,
+            engine=Failing(policy, TOKENIZER),
+            judge=Counted(fine),
+            prompts=PROMPTS[:8],
+            prompts_per_shard=1,
+            save_strategy="epoch",
+        )
+
+    first = attempt("run")
+    with pytest.raises(Stopped):
+        first.train()
+    checkpoint = last_complete_checkpoint(Path(first.args.output_dir))
+    assert checkpoint is not None
+    attempt("run").train(resume_from_checkpoint=str(checkpoint))
+    assert Counter(asked) == {"judge": 8, "engine": 8, "failed": 1} | {fails: 9}
+    whole = attempt("whole")
+    whole.train()
+    assert contents(first.rounds_dir) == contents(whole.rounds_dir)
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("0000", "0000: this round is gone but its training has begun"),
+        ("0001", "0001: this round is gone but its training has begun"),
+        ("initial", "weights this run began with are gone"),
+        ("", "weights this run began with are gone"),
+    ],
+)
+def test_rounds_that_are_gone_are_missed(make: Make, gone: str, message: str) -> None:
+    checkpoint = interrupted(make, "run", 5, **EVERY_TWO_STEPS)
+    trainer = make("run", **EVERY_TWO_STEPS)
+    shutil.rmtree(trainer.rounds_dir / gone)
+    with pytest.raises(PrefoptError, match=message):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_log_probs_of_a_policy_that_is_past_are_missed(make: Make) -> None:
+    checkpoint = interrupted(make, "run", 5, algorithm="inpo", **EVERY_TWO_STEPS)
+    trainer = make("run", "inpo", **EVERY_TWO_STEPS)
+    for path in (trainer.rounds_dir / "0001" / "log_probs" / "policy-0001").iterdir():
+        path.unlink()
+    with pytest.raises(PrefoptError, match="its weights have moved"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_log_probs_of_the_initial_policy_are_made_again(
+    make: Make, whole: dict[str, RoundTrainer]
+) -> None:
+    checkpoint = interrupted(make, "run", 5, **EVERY_TWO_STEPS)
+    trainer = make("run", **EVERY_TWO_STEPS)
+    for path in trainer.rounds_dir.glob("*/log_probs/initial/*"):
+        path.unlink()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert equal(weights(whole["online_dpo"].model), weights(trainer.model))
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"seed": SEED + 1}, "seed"),
+        ({"sampling": SamplingSettings(samples_per_prompt=2, max_new_tokens=5)}, "sampling"),
+        ({"prompts": PROMPTS[1:13]}, "prompts"),
+        ({"ties": "keep"}, "pairing"),
+        ({"prompts_per_shard": 3}, "prompts_per_shard"),
+        ({"rounds": 3}, "rounds"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rounds_of_other_settings_are_refused(
+    make: Make, other: dict[str, Any], named: str
+) -> None:
+    make(max_steps=1).train()
+    with pytest.raises(PrefoptError, match=f"begun with other .*{named}"):
+        make(**other).train()
+
+
+def test_rounds_of_another_model_are_refused(make: Make) -> None:
+    make(max_steps=1).train()
+    with pytest.raises(PrefoptError, match="begun with other weights"):
+        make(model=tiny_policy(seed=1)).train()
+
+
+# --- killed runs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rounds of 50 prompts, with judges of both kinds beside the recipe."""
+    folder = tmp_path_factory.mktemp("killed")
+    world = build_world(folder / "world", sft_rows=1, preference_rows=150, prompt_rows=1)
+    judge = load_reward_model(str(world.base), TOKENIZER, new_head=True)
+    judge.save_pretrained(folder / "reward_model")
+    TOKENIZER.save_pretrained(folder / "reward_model")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""
+        model: {{path: {world.base}}}
+        data: {{path: {world.preferences}}}
+        judge: {{kind: reward_model, path: {folder}/reward_model}}
+        rollout: {{samples_per_prompt: 4, max_new_tokens: 16, batch_size: 16}}
+        trainer:
+          algorithm: online_dpo
+          rounds: 3
+          num_train_epochs: 2
+          per_device_train_batch_size: 4
+          prompts_per_shard: 2
+          learning_rate: 1.0e-3
+          logging_steps: 1
+          save_strategy: steps
+          save_steps: 3
+        """
+    )
+    return path
+
+
+def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """Starts a run and waits until it has read its recipe and its data."""
+    facts = run / "environment.json"  # written at every start, before the model is loaded
+    before = facts.stat().st_mtime_ns if facts.exists() else 0
+    command = [sys.executable, "-m", "prefopt", "train", str(recipe), f"run_dir={run}", *overrides]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not facts.exists() or facts.stat().st_mtime_ns == before:
+        assert process.poll() is None, f"{run}: the run did not begin"
+        time.sleep(0.005)
+    return process
+
+
+def finish(recipe: Path, run: Path, *overrides: str) -> None:
+    assert start(recipe, run, *overrides).wait() == 0
+    assert (run / "summary.json").exists()
+
+
+def modified(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def stamps(run: Path) -> dict[str, tuple[int, int]]:
+    """When each file of the rounds was written and where it lies; half-written ones left out."""
+    return {
+        str(path.relative_to(run)): (path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in (*run.glob("rounds/0*/**/*.*"), *run.glob("rounds/initial/*"))
+        if ".partial-" not in path.name
+    }
+
+
+def complete(run: Path) -> dict[str, bytes]:
+    found = contents(run / "rounds")
+    return {name: content for name, content in found.items() if ".partial-" not in name}
+
+
+def progress(run: Path, began: int = 0) -> int:
+    """Files of the rounds and lines of the log so far: a clock that no busy machine slows down.
+
+    What an earlier process logged does not count until its lines have been gone through.
+    """
+    metrics = run / "metrics.jsonl"
+    counts = metrics.exists() and modified(metrics) > began
+    return len(stamps(run)) + (metrics.read_text().count("\n") if counts else 0)
+
+
+def phase(run: Path, began: int, prompts: int = 50, shard: int = 2) -> str:
+    """What a run was at when it was killed, as told by what it left."""
+    written = [p for p in run.rglob("*") if p.is_file() and modified(p) > began]
+    if any(".partial" in str(path) for path in written):
+        return "writing"
+    checkpoints = {path.parent for path in written if path.parent.name.startswith("checkpoint-")}
+    if any(not (folder / "complete.json").exists() for folder in checkpoints):
+        return "checkpointing"
+    made = [run / name for name in ("rounds", "checkpoints", "metrics.jsonl")]
+    if not any(path.is_relative_to(place) for path in written for place in made):
+        return "loading"
+    *_, last = sorted((run / "rounds").glob("0*")) or [run / "rounds" / "0000"]
+    if len(list(last.glob("draw-0/rollouts-*"))) < prompts / shard:
+        return "generating"
+    if len(list(last.glob("draw-0/judgements-*"))) < prompts / shard:
+        return "judging"
+    if not (last / "log_probs").exists():
+        return "pairing"
+    return "optimising"
+
+
+# over 20 s: every process imports torch and transformers, and is killed at a random moment
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "judge", "saved", "kills"),
+    [
+        ("online_dpo", "reward_model", "steps", 10),
+        ("inpo", "preference_model", "epoch", 4),
+    ],
+)
+def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
+    recipe: Path, tmp_path: Path, algorithm: str, judge: str, saved: str, kills: int
+) -> None:
+    path = recipe.parent / ("reward_model" if judge == "reward_model" else "world/base")
+    overrides = [
+        f"trainer.algorithm={algorithm}",
+        f"trainer.save_strategy={saved}",
+        f"judge={{kind: {judge}, path: {path}}}",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(recipe, whole, *overrides)
+    chance = Random(SEED)
+    moments = sorted(chance.sample(range(95 * progress(whole) // 100), kills))
+    phases: list[str] = []
+    known: dict[str, tuple[int, int]] = {}
+    for moment in moments:
+        process, began = start(recipe, killed, *overrides), time.time_ns()
+        while process.poll() is None and progress(killed, began) < moment:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.05))
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        phases.append(phase(killed, began))
+        kept = stamps(killed)
+        assert {name: kept.get(name) for name in known} == known, "nothing is made twice"
+        known = kept
+    finish(recipe, killed, *overrides)
+    print(f"{algorithm}: killed while {', '.join(phases)}")
+    kept = stamps(killed)
+    assert {name: kept.get(name) for name in known} == known, "nothing is made twice"
+    assert len({*phases} - {"loading"}) >= (3 if kills == 10 else 2), phases
+    assert complete(killed) == complete(whole)
+    a, b = (load_file(run / "final" / "model.safetensors") for run in (whole, killed))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = [
+        [(row["step"], row["loss"]) for row in read_lines(run / "metrics.jsonl") if "loss" in row]
+        for run in (whole, killed)
+    ]
+    assert losses[0] == losses[1]
+    ends = [json.loads((run / "summary.json").read_text()) for run in (whole, killed)]
+    assert ends[0] | {"seconds": 0} == ends[1] | {"seconds": 0}
+
+
+# --- two processes -------------------------------------------------------------------------------
+
+# steps of eight pairs; INPO has nine in a round, so that one process has none of the last step's
+TOGETHER: dict[str, dict[str, Any]] = {
+    "online_dpo": {
+        "judge": Graded(coarse),
+        "prompts": PROMPTS[:22],
+        "ties": "resample",
+        "gradient_accumulation_steps": 2,
+    },
+    "inpo": {"judge": Graded(fine), "prompts": PROMPTS[:18], "eta": 0.1, "tau": 0.03},
+}
+COMMON: dict[str, Any] = {
+    "prompts_per_shard": 2,
+    "num_train_epochs": 1,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+}
+WORKER = """
+import faulthandler, json, os, sys
+from pathlib import Path
+
+import torch.distributed as dist
+from test_rounds import logged
+from test_rounds_killed import train_together
+
+faulthandler.dump_traceback_later(100, exit=True)  # one that waits in vain says where
+trainers = train_together(Path(sys.argv[1]), processes=2)
+if dist.get_rank() == 0:
+    found = {name: logged(trainer, "loss") for name, trainer in trainers.items()}
+    (Path(sys.argv[1]) / "losses.json").write_text(json.dumps(found))
+dist.barrier()
+os._exit(0)  # gloo's threads sometimes abort while the interpreter shuts down
+"""
+
+
+def train_together(folder: Path, processes: int) -> dict[str, RoundTrainer]:
+    """Trains both algorithms at a global batch of eight."""
+    trainers = {}
+    for algorithm, options in TOGETHER.items():
+        micro = 8 // processes // options.get("gradient_accumulation_steps", 1)
+        settings = {**COMMON, **options, "per_device_train_batch_size": micro}
+        if processes > 1:
+            settings["ddp_backend"] = "gloo"
+        trainers[algorithm] = make_trainer(folder / algorithm, algorithm, **settings)
+        trainers[algorithm].train()
+    return trainers
+
+
+# about 20 s: two interpreters import torch and transformers
+def test_two_processes_sample_and_train_as_one_does(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(tmp_path / "worker.py"), str(tmp_path / "two")]
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (tmp_path / "two" / "losses.json").exists(), done.stderr[-4000:]
+    losses = json.loads((tmp_path / "two" / "losses.json").read_text())
+    for algorithm, trainer in train_together(tmp_path / "one", processes=1).items():
+        assert trainer.state.global_step == 4
+        assert losses[algorithm] == pytest.approx(logged(trainer, "loss"), rel=1e-4)
+        one, two = (contents(tmp_path / n / algorithm / "rounds") for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        sampled = [name for name in one if name.endswith((".jsonl", ".parquet", "round.json"))]
+        assert len(sampled) >= 2 * (9 + 2), "five shards of samples and five of judgements"
+        assert {name: one[name] for name in sampled} == {name: two[name] for name in sampled}

@@ -105,12 +105,13 @@ def print_summary(summary: dict[str, Any], out: str | Path) -> None:
 
 def _print_setting(console: Console, result: dict[str, Any], title: str, measure: str) -> None:
     table = Table(title=title)
-    for column in ("algorithm", "win rate", "95 % interval", "KL", "tokens", measure, "seconds"):
+    label = {"gold_quality": "quality", "exploitability": "exploit."}[measure]
+    for column in ("algorithm", "win rate", "95 % interval", "KL", "tokens", label, "seconds"):
         table.add_column(column, justify="left" if column == "algorithm" else "right")
     for name, row in result["algorithms"].items():
         rate = f"{row['win_rate']:.1f} %" if "win_rate" in row else "-"
         interval = "{:.1f} - {:.1f}".format(*row["win_rate_ci"]) if "win_rate" in row else "-"
-        numbers = (f"{row[key]:.3f}" for key in ("kl", "mean_length", measure))
+        numbers = (f"{row['kl']:.2f}", f"{row['mean_length']:.1f}", f"{row[measure]:.3f}")
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
         table.add_row(name, rate, interval, *numbers, seconds)
     console.print(table)

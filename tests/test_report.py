@@ -175,7 +175,7 @@ def test_long_files_and_samples_stay_under_three_megabytes(tmp_path):
 
 def test_too_many_curves_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("prefopt.eval.report.CURVE_BYTES", 20_000)
-    rows = [{"step": s, **{f"metric_{m}": s * m for m in range(12)}} for s in range(20)]
+    rows = [{"step": s, **{f"metric_{m}": s * m + s for m in range(12)}} for s in range(20)]
     write_lines(tmp_path / "metrics.jsonl", rows)
     text, page = report(tmp_path)
     left_out = 12 - len(figures(text))
@@ -184,7 +184,7 @@ def test_too_many_curves_are_counted(tmp_path, monkeypatch):
 
 
 def test_long_run_is_averaged_not_cut(tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "loss": 1.0} for s in range(20_000)])
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "loss": 1.0 + s % 2} for s in range(20_000)])
     text, _ = report(tmp_path)
     assert len(figures(text)[0]) < 20_000
     assert "15000" in figures(text)[0]

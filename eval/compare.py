@@ -1,4 +1,4 @@
-"""Win rate of one file of answers over another, under a reward model."""
+"""Win rate of one file of answers over another, under a trained judge."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from prefopt.data.rows import Prompt, parse_prompt
 from prefopt.data.sources import read_rows
 from prefopt.errors import DataError, PrefoptError
 from prefopt.eval.win_rate import win_rate
-from prefopt.reward_models import RewardModel
+from prefopt.reward_models import load_judge
 
 Answers = dict[tuple[str, int], tuple[Prompt, str]]
 
 
-def compare_files(model: str, baseline: str, judge: str) -> dict[str, Any]:
+def compare_files(
+    model: str, baseline: str, judge: str, kind: str = "reward_model"
+) -> dict[str, Any]:
     """Compares answers, matched by prompt and sample, as ``prefopt generate`` writes them.
 
     Args:
         model: File of the model's answers.
         baseline: File of the baseline's answers to the same prompts.
-        judge: A reward model's folder or Hub id.
+        judge: The judge's folder or Hub id.
+        kind: ``reward_model`` or ``preference_model``.
 
     Returns:
         ``win_rate`` and ``win_rate_ci`` in 0-100 over prompts, counts, and mean lengths in
@@ -40,7 +43,7 @@ def compare_files(model: str, baseline: str, judge: str) -> dict[str, Any]:
     keys = list(ours)
     prompts = [ours[key][0] for key in keys]
     a, b = [ours[key][1] for key in keys], [theirs[key][1] for key in keys]
-    preferences = RewardModel.from_pretrained(judge).prefer(prompts, a, b)
+    preferences = load_judge(kind, judge).prefer(prompts, a, b)
     rate = win_rate(preferences, groups=[key[0] for key in keys])
     return {
         "win_rate": rate.win_rate,

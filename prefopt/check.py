@@ -11,7 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.data.report import data_report
-from prefopt.train import load_rows, make_config, read_recipe, recipe_tokenizer
+from prefopt.train import (
+    load_rows,
+    make_config,
+    prompts_of_rounds,
+    read_recipe,
+    recipe_tokenizer,
+)
 
 
 def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -19,19 +25,22 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
 
     Returns:
         ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
-        :func:`prefopt.data.report.data_report`.
+        :func:`prefopt.data.report.data_report`; and ``rounds``, the prompts of each round, of an
+        algorithm that samples.
 
     Raises:
         PrefoptError: As training on it would.
     """
     recipe = read_recipe(recipe_path, overrides)
-    make_config(recipe)
+    args = make_config(recipe)
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
-    result = {
+    result: dict[str, Any] = {
         "recipe": recipe.resolved(),
         "train": data_report(rows.train, tokenizer, invalid=rows.invalid),
     }
+    if rounds := prompts_of_rounds(args, rows):
+        result["rounds"] = rounds
     if rows.evaluation is not None:
         result["evaluation"] = data_report(rows.evaluation, tokenizer)
     return result
@@ -43,8 +52,13 @@ def print_check(result: dict[str, Any]) -> None:
     for part in ("train", "evaluation"):
         if part in result:
             _print_report(console, part, result[part])
+    if "rounds" in result:
+        rounds, samples = result["rounds"], result["recipe"]["rollout"]["samples_per_prompt"]
+        each = " to ".join(f"{n:,}" for n in sorted({min(rounds), max(rounds)}))
+        console.print(f"{len(rounds):,} rounds of {each} prompts, {samples} samples each")
     example = result["train"]["example"]
-    console.print(f"\n[bold]example[/bold] {example['where']} (loss on the green text)")
+    loss = "" if "prompt" in example else " (loss on the green text)"
+    console.print(f"\n[bold]example[/bold] {example['where']}{loss}")
     for name, pieces in example.items():
         if name != "where":
             text = Text.assemble(

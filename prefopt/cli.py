@@ -98,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("measure", choices=["win-rate"])
     evaluate.add_argument("model", help="answers as `prefopt generate` writes them")
     evaluate.add_argument("baseline", help="answers to the same prompts")
-    evaluate.add_argument("--judge", required=True, help="a reward model: folder or Hub id")
+    evaluate.add_argument("--judge", required=True, help="folder or Hub id of the judge")
+    kinds = ["reward_model", "preference_model"]
+    evaluate.add_argument("--judge-kind", default=kinds[0], choices=kinds)
 
     game = command("game", _game, "Play algorithms on a matrix game, exactly (docs/games.md).")
     game.add_argument("--payoff", required=True, help="JSON list of rows: P(row beats column)")
@@ -171,7 +173,9 @@ def _win_rate(arguments: argparse.Namespace) -> dict[str, Any]:
     _quiet_libraries()
     from prefopt.eval.compare import compare_files
 
-    result = compare_files(arguments.model, arguments.baseline, arguments.judge)
+    result = compare_files(
+        arguments.model, arguments.baseline, arguments.judge, arguments.judge_kind
+    )
     if not arguments.json:
         low, high = result["win_rate_ci"]
         print(

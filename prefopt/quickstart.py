@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.data.rows import Prompt, parse_prompt, validate
+from prefopt.data.rows import Message, Prompt, parse_prompt, validate
 from prefopt.data.sources import read_rows
 from prefopt.data.template import encode_prompt
 from prefopt.data.tree import PromptTree, collate_trees
@@ -158,6 +158,7 @@ def _evaluate(
     models: Mapping[str, Path], world: WorldPaths, folder: Path, seed: int, gold: bool
 ) -> dict[str, dict[str, Any]]:
     """Samples every model on the held-out prompts; compares it with the first by the gold rule."""
+    prompts: list[Any]  # conversations, all of them
     prompts, _ = validate(read_rows(world.prompts), parse_prompt)
     first, *others = models
     reference = load_policy(str(models[first]))
@@ -189,7 +190,7 @@ def _evaluate(
     return result
 
 
-def exploitability(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, float]:
+def exploitability(prompts: Sequence[list[Message]], answers: Sequence[str]) -> dict[str, float]:
     """How much the best fixed style of right answers gains over a policy's answers.
 
     The exploitability of a policy is ``max_q P(q beats policy) - 1/2``; here q is one of the three

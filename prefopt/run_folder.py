@@ -34,7 +34,7 @@ def check_run(recipe: Recipe) -> None:
     """
     folder = Path(recipe.run_dir)
     stored = folder / "recipe.yaml"
-    begun = any((folder / name).exists() for name in ("summary.json", "rounds/start.json"))
+    begun = (folder / "summary.json").exists() or _has_rounds(folder)
     trained = begun or last_complete_checkpoint(folder / "checkpoints")
     if not trained or not stored.exists():
         return
@@ -54,20 +54,25 @@ def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
         data: What a resumed run must find unchanged, as plain values.
 
     Raises:
-        PrefoptError: There are checkpoints that were trained on other data.
+        PrefoptError: There are checkpoints or rounds that were made of other data.
     """
     folder = Path(recipe.run_dir)
     facts = folder / "data.json"
-    if last_complete_checkpoint(folder / "checkpoints") and facts.exists():
+    begun = last_complete_checkpoint(folder / "checkpoints") or _has_rounds(folder)
+    if begun and facts.exists():
         different = sorted(_differences(json.loads(facts.read_text()), data))
         if different:
             raise PrefoptError(
-                f"{folder}: the checkpoints were trained with other {', '.join(different)}; "
+                f"{folder}: this run was begun with other {', '.join(different)}; "
                 "restore what was there, or choose another run_dir"
             )
     atomic_write(facts, json.dumps(data, indent=2) + "\n")
     atomic_write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
     recipe.write_resolved(folder / "recipe.yaml")
+
+
+def _has_rounds(folder: Path) -> bool:
+    return (folder / "rounds" / "start.json").exists()
 
 
 def environment() -> dict[str, Any]:

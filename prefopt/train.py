@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prefopt.data.rows import Prompt, parse_demonstrations, parse_pair, parse_prompt, validate
+from prefopt.data.rows import parse_demonstrations, parse_pair, parse_prompt_row, validate
 from prefopt.data.sources import Source, read_rows, read_sources
 from prefopt.data.template import check_tokenizer, stop_token_ids
 from prefopt.data.tokenize import (
@@ -40,13 +40,13 @@ from prefopt.reward_models.preference_trainer import (
 )
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
 from prefopt.rollout.engine import SamplingSettings
-from prefopt.rounds.pairing import check_samples
+from prefopt.rounds.plan import plan_rounds
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
 from prefopt.trainers.base import TreeTrainerConfig, last_complete_checkpoint
 from prefopt.trainers.pairs import pair_dataset
-from prefopt.trainers.round_config import RoundConfig, prompt_limit
+from prefopt.trainers.round_config import RoundConfig, check_sampling, prompt_limit
 from prefopt.trainers.rounds import RoundTrainer
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,17 @@ class Rows:
     evaluation: Tokenized | None
     invalid: dict[str, int]
 
+
+# Keys on evaluation in training, of which algorithms that sample have none.
+NEEDS_HELD_OUT_ROWS = {
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+}
 
 # Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...).
 SAID_ELSEWHERE = {
@@ -155,10 +166,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
     ]
     algorithm = recipe.trainer.algorithm
     prompts_only = in_rounds(algorithm)
+    if recipe.judge is not None and prompts_only:
+        try:  # a judge that is not there is found before all else
+            load_tokenizer(recipe.judge.path)
+        except PrefoptError as error:
+            raise PrefoptError(f"judge.path: {error}") from error
     demonstrations = algorithm == "sft"
     parse: Callable[..., Any] = parse_pair
     if demonstrations or prompts_only:
-        parse = parse_demonstrations if demonstrations else parse_prompt
+        parse = parse_demonstrations if demonstrations else parse_prompt_row
 
     def parsed(located: Any) -> tuple[list[Any], dict[str, int]]:
         items, problems = validate(located, parse, invalid=data.invalid_rows)
@@ -178,16 +194,33 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         held_out, more = parsed(located)
         invalid = {k: invalid.get(k, 0) + more.get(k, 0) for k in invalid | more}
     items = items[: data.max_rows]
-    check_tokenizer(tokenizer, conversational=not isinstance(prompt_of(items[0]), str))
+    check_tokenizer(tokenizer, conversational=not isinstance(items[0].prompt, str))
     tokenize = tokenizer_of_rows(recipe, tokenizer)
     train_rows = tokenize(items)
     for reason, count in {**invalid, **vars(train_rows.dropped)}.items():
         if count:
             logger.warning("rows left out: %d (%s)", count, reason.replace("_", " "))
     if prompts_only and held_out:
-        logger.info("held out of training: %d prompts", len({str(item) for item in held_out}))
+        logger.info("held out of training: %d prompts", len(held_out))
         held_out = []
     return Rows(train_rows, tokenize(held_out) if held_out else None, invalid)
+
+
+def prompts_of_rounds(args: Any, rows: Rows) -> list[int]:
+    """How many prompts each round of a run will take; empty for an algorithm without rounds.
+
+    Raises:
+        PrefoptError: The prompts cannot be dealt to rounds as the config asks.
+    """
+    if not isinstance(args, RoundConfig):
+        return []
+    plan = plan_rounds(
+        len(rows.train),
+        rounds=args.rounds,
+        prompts_per_round=args.prompts_per_round,
+        seed=args.seed,
+    )
+    return [len(planned.prompts) for planned in plan]
 
 
 def tokenizer_of_rows(
@@ -201,7 +234,10 @@ def tokenizer_of_rows(
         return partial(
             tokenize_prompts, tokenizer=tokenizer, max_prompt_length=limit, distinct=True
         )
-    by_algorithm = {"sft": tokenize_demonstrations, "preference_model": tokenize_comparisons}
+    by_algorithm: dict[str, Callable[..., Any]] = {
+        "sft": tokenize_demonstrations,
+        "preference_model": tokenize_comparisons,
+    }
     tokenize = by_algorithm.get(algorithm, tokenize_pairs)
     return partial(tokenize, tokenizer=tokenizer, **limits)
 
@@ -209,11 +245,6 @@ def tokenizer_of_rows(
 def in_rounds(algorithm: str) -> bool:
     """Whether an algorithm samples: it then needs prompts, a judge and the rollout section."""
     return issubclass(ALGORITHMS[algorithm][0], RoundConfig)
-
-
-def prompt_of(item: Any) -> Prompt:
-    """The prompt of a parsed row; a row of prompts is one itself."""
-    return item if isinstance(item, str | list) else item.prompt
 
 
 def sampling_of(recipe: Recipe) -> list[SamplingSettings]:
@@ -233,7 +264,7 @@ def sampling_of(recipe: Recipe) -> list[SamplingSettings]:
 
 def split_by_prompt(items: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Holds out a random share of the prompts with all their rows."""
-    keys = [json.dumps(prompt_of(item), sort_keys=True) for item in items]
+    keys = [json.dumps(item.prompt, sort_keys=True) for item in items]
     prompts = sorted(set(keys))
     random.Random(seed).shuffle(prompts)
     held_out = set(prompts[: max(1, round(fraction * len(prompts)))])
@@ -264,6 +295,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return json.loads(summary.read_text())
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
+    prompts_of_rounds(args, rows)
     if main:
         open_run(recipe, {"rows": rows.train.fingerprint, "processes": args.world_size})
     set_seed(recipe.seed)
@@ -320,8 +352,9 @@ def make_config(recipe: Recipe) -> Any:
     if in_rounds(recipe.trainer.algorithm):
         settings["rounds_dir"] = str(folder / "rounds")
         settings["generation_batch_size"] = recipe.rollout.batch_size
-        if settings.pop("eval_strategy", "no") != "no":
-            logger.info("trainer.eval_strategy is not used by %s", recipe.trainer.algorithm)
+        for key in sorted(NEEDS_HELD_OUT_ROWS & settings.keys()):
+            logger.info("trainer.%s is not used by %s", key, recipe.trainer.algorithm)
+            del settings[key]
     if issubclass(config_class, TreeTrainerConfig):
         settings["log_probs_dir"] = str(folder / "log_probs")
         settings["max_prompt_length"] = recipe.data.max_prompt_length
@@ -336,7 +369,7 @@ def make_config(recipe: Recipe) -> Any:
                 f"{recipe.trainer.algorithm} has its samples judged: the recipe needs a section "
                 "judge, such as judge: {kind: reward_model, path: runs/reward_model/final}"
             )
-        check_samples(args.pairing_settings(), recipe.rollout.samples_per_prompt)
+        check_sampling(args.pairing_settings(), sampling_of(recipe))
     return args
 
 
@@ -350,9 +383,12 @@ def make_trainer(
     for key in sorted(recipe.trainer.options.keys() - trainer_options(recipe).keys()):
         logger.info("trainer.%s is not used by %s", key, algorithm)
     datasets: list[Any] = [rows.train, rows.evaluation]
-    as_dataset = {"sft": None, "preference_model": comparison_dataset}.get(algorithm, pair_dataset)
+    as_dataset: Callable[..., Any] | None = {
+        "sft": None,
+        "preference_model": comparison_dataset,
+    }.get(algorithm, pair_dataset)
     more: dict[str, Any] = {}
-    if in_rounds(algorithm):
+    if recipe.judge is not None and in_rounds(algorithm):
         judge = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
         more = {"judge": judge, "sampling": sampling_of(recipe)}
     elif as_dataset is not None:

@@ -1,6 +1,6 @@
 """The pairwise preference model: a causal LM that reads two answers and names the better one.
 
-It is the PM of RLHF Workflow (Dong et al., arXiv 2405.07863, section 2): both answers stand in one
+It is the PM of RLHF Workflow (Dong et al., arXiv 2405.07863): both answers stand in one
 user message, and the probabilities of the answer tokens "A" and "B" are the judgement.
 """
 
@@ -23,13 +23,14 @@ from prefopt.data.template import (
     encode_completion,
     render,
     stop_token_ids,
+    without_special_tokens,
 )
 from prefopt.data.tree import Layout, PromptTree, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.load import load_policy, load_tokenizer
 from prefopt.models.logprobs import sequence_log_probs
-from prefopt.reward_models.reward_model import probability_of_beating
+from prefopt.reward_models.reward_model import check_context, probability_of_beating
 
 ANSWERS = ("A", "B")
 Comparison = tuple[Prompt, str, str]
@@ -153,7 +154,7 @@ class PreferenceModel:
         """P(a beats b), the mean over both orders, float64 [n]; swapping gives exactly 1 minus it.
 
         Raises:
-            PrefoptError: A text holds a stop token.
+            PrefoptError: A prompt holds a stop token, or a comparison exceeds the context.
         """
         return position_average(*self._first_wins(prompts, a, b))
 
@@ -174,7 +175,7 @@ class PreferenceModel:
         different completions of a prompt.
 
         Raises:
-            PrefoptError: A prompt has only one completion, or a text holds a stop token.
+            PrefoptError: A prompt has only one completion; or as for ``prefer``.
         """
         groups: dict[str, list[int]] = {}
         for i, (prompt, _) in enumerate(zip(prompts, completions, strict=True)):
@@ -202,15 +203,17 @@ class PreferenceModel:
         self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """P("A") where a stands first, and where b does, [n] each."""
+        a, b = ([without_special_tokens(self.tokenizer, text) for text in side] for side in (a, b))
         forth = list(zip(prompts, a, b, strict=True))
         back = list(zip(prompts, b, a, strict=True))
         questions = [tuple(ids) for ids in self.encoder.encode(forth + back)]
         for comparison, ids in zip(forth + back, questions, strict=True):
             if self.encoder.holds_stop_token(ids):
                 raise PrefoptError(
-                    "a prompt or completion holds a stop token of the judge in its text, which "
-                    f"would end the question: found {_shortened(comparison)}; remove it"
+                    "a prompt holds a stop token of the judge in its text, which would end the "
+                    f"question: found it before {_shortened(comparison)}; remove it"
                 )
+        check_context(self.model, map(len, questions))
         logits: dict[tuple[int, ...], float] = {}
         for batch in self._batches(sorted(set(questions))):
             answers = [[token] for token in self.encoder.answer_ids]

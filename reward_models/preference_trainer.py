@@ -34,17 +34,17 @@ class TokenizedComparisons(Tokenized):
     """Comparisons as token ids: rows 2i and 2i + 1 are the two orders of pair i.
 
     Attributes:
-        answer_ids: The tokens of "A" and "B", the same in every row.
+        letters: The tokens of "A" and "B".
+        answer_ids: The right one of the two; of a soft label the likelier.
         p_a: The probability that the answer called A is the better one: ``p_chosen`` in even rows,
             where A is the chosen answer, and 1 minus it in odd ones.
         length_difference: Tokens of the chosen answer minus those of the rejected one.
-        where: Places of the rows.
     """
 
+    letters: tuple[int, int] = (0, 0)
     answer_ids: Ragged = field(default_factory=Ragged)
     p_a: array[float] = field(default_factory=lambda: array("d"))
     length_difference: array[int] = field(default_factory=lambda: array("i"))
-    where: list[str] = field(default_factory=list)
 
 
 def tokenize_comparisons(
@@ -71,7 +71,7 @@ def tokenize_comparisons(
         PrefoptError: If nothing is left, or the tokenizer cannot pose the question.
     """
     encoder = ComparisonEncoder(tokenizer)
-    kept = TokenizedComparisons()
+    kept = TokenizedComparisons(letters=encoder.answer_ids)
     shortest: int | None = None
     for pair, orders, prompt_length, length_difference in _encode(pairs, encoder):
         whole = max(map(len, orders)) + 1
@@ -87,7 +87,7 @@ def tokenize_comparisons(
         else:
             for question, p_a in zip(orders, (pair.p_chosen, 1 - pair.p_chosen), strict=True):
                 kept.prompt_ids.append(question)
-                kept.answer_ids.append(encoder.answer_ids)
+                kept.answer_ids.append([encoder.answer_ids[0 if p_a >= 0.5 else 1]])
                 kept.p_a.append(p_a)
                 kept.length_difference.append(length_difference)
                 kept.where.append(pair.where)
@@ -122,7 +122,7 @@ def comparison_dataset(comparisons: TokenizedComparisons) -> TreeDataset:
     """The data set of a preference model's trainer."""
 
     def tree(index: int) -> PromptTree:
-        a, b = comparisons.answer_ids[index]
+        a, b = comparisons.letters
         return PromptTree(comparisons.prompt_ids[index], ([a], [b]))
 
     columns: dict[str, Sequence[Any]] = {

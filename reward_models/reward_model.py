@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.rows import Prompt
-from prefopt.data.template import encode_completion, encode_prompt
+from prefopt.data.template import encode_completion, encode_prompt, without_special_tokens
 from prefopt.data.tree import Layout, PromptTree, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
@@ -63,11 +63,16 @@ class RewardModel:
         return cls(model.to(device), tokenizer)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """The model's score of each answer, read at its EOS, float64 [n], without unit."""
+        """The model's score of each answer, read at its EOS, float64 [n], without unit.
+
+        Raises:
+            PrefoptError: A prompt and its answer are longer than the model's context.
+        """
         encoded = [
             self._encode(prompt, completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        check_context(self.model, (len(prompt) + len(answer) for prompt, answer in encoded))
         scores: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
         for batch in self._batches(sorted(set(encoded))):
             trees = collate_trees(batch, layout=self.layout).to(self.model.device)
@@ -85,7 +90,8 @@ class RewardModel:
         return probability_of_beating(scores[: len(prompts)] - scores[len(prompts) :])
 
     def _encode(self, prompt: Prompt, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        answer = encode_completion(self.tokenizer, prompt, completion, finished=True)
+        text = without_special_tokens(self.tokenizer, completion)
+        answer = encode_completion(self.tokenizer, prompt, text, finished=True)
         return tuple(encode_prompt(self.tokenizer, prompt)), tuple(answer)
 
     def _batches(
@@ -109,6 +115,25 @@ class RewardModel:
             batches[-1].append(tree)
             used += tree.num_tokens
         return batches
+
+
+def check_context(model: PreTrainedModel, lengths: Iterable[int]) -> None:
+    """Refuses texts that are longer than a judge can see at once.
+
+    Args:
+        model: The judge's model.
+        lengths: Tokens of each text.
+
+    Raises:
+        PrefoptError: One is too long.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(lengths, default=0)
+    if limit is not None and longest > limit:
+        raise PrefoptError(
+            f"the judge is to read {longest} tokens, but sees {limit} at once; lower "
+            "rollout.max_new_tokens or data.max_prompt_length, or use a judge with a longer context"
+        )
 
 
 def probability_of_beating(difference: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import tokenize
 from prefopt.data.report import data_report
-from prefopt.data.rows import Demonstration, PreferencePair, parse_pair, validate
+from prefopt.data.rows import Demonstration, PreferencePair, PromptRow, parse_pair, validate
 from prefopt.data.sources import Source, read_rows, read_sources
 from prefopt.data.template import encode_completion, encode_prompt
 from prefopt.data.tokenize import (
@@ -177,10 +177,17 @@ def test_prompts_keep_their_text() -> None:
     prompts = [PAIRS[0].prompt, "there " * 60, "Hello"]
     tokenized = tokenize_prompts(prompts, tokenizer, max_prompt_length=50)  # both kinds mixed
     assert list(tokenized) == [
-        {"prompt_ids": encode_prompt(tokenizer, prompt), "prompt": prompt}
-        for prompt in (prompts[0], prompts[2])
+        {"prompt_ids": encode_prompt(tokenizer, prompt), "prompt": prompt, "where": where}
+        for prompt, where in ((prompts[0], "prompt 1"), (prompts[2], "prompt 3"))
     ]
     assert tokenized.dropped == DropCounts(prompt_too_long=1)
+
+
+def test_prompts_wanted_once_keep_their_first_place() -> None:
+    rows = [PromptRow(text, f"p.jsonl:{i}") for i, text in enumerate(("Hi", "Hello", "Hi"), 1)]
+    tokenized = tokenize_prompts(rows, space_tokenizer(), max_prompt_length=None, distinct=True)
+    assert (tokenized.prompt, tokenized.where) == (["Hi", "Hello"], ["p.jsonl:1", "p.jsonl:2"])
+    assert tokenized.dropped == DropCounts(duplicate=1)
 
 
 def pairs_of_lengths(lengths: list[tuple[int, int, int]], where: list[str]) -> TokenizedPairs:

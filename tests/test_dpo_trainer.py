@@ -119,7 +119,9 @@ def test_margins_are_zero_before_the_first_step(peft_config, make_trainer, caplo
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert abs(trainer.state.log_history[3]["rewards/margins"]) > 1e-2
-    assert report_initial_margins(trainer, trainer.train_dataset, beta=1.0) > 0.05, "the weights have moved since"
+    assert report_initial_margins(trainer, trainer.train_dataset, beta=1.0) > 0.05, (
+        "the weights have moved since"
+    )
     assert caplog.records[-1].levelname == "WARNING"
 
 

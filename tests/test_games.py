@@ -196,7 +196,12 @@ def test_a_bradley_terry_game_tilts_by_win_rates_not_by_scores() -> None:
         (CYCLE, [0.7, -0.2, 0.5], 0.1, "reference[1]: found -0.2"),
         (CYCLE, [0.5, 0.3, 0.1], 0.1, "sum to 0.9"),
         (CYCLE, [0.5, float("inf"), 0.1], 0.1, "reference[1]: found inf"),
-        (CYCLE, REFERENCE, 0.0, "beta: found 0.0"),
+        ([[0.5, 10**400], [0.1, 0.5]], [0.5, 0.5], 0.1, "payoff: expected float64 numbers"),
+        (CYCLE, REFERENCE, 0.0, "beta: found 0.0, expected a number in [1e-12, 1e+12]"),
+        (CYCLE, REFERENCE, 1e-320, "expected a number in [1e-12, 1e+12]"),
+        (CYCLE, REFERENCE, 9.9e-13, "expected a number in [1e-12, 1e+12]"),
+        (CYCLE, REFERENCE, 1.1e12, "expected a number in [1e-12, 1e+12]"),
+        (CYCLE, REFERENCE, 1e300, "expected a number in [1e-12, 1e+12]"),
         (CYCLE, REFERENCE, float("nan"), "beta: found nan"),
         (CYCLE, REFERENCE, float("inf"), "beta: found inf"),
     ],
@@ -207,6 +212,14 @@ def test_a_bad_game_is_refused_by_entry(
     with pytest.raises(PrefoptError) as caught:
         Game(payoff, reference, beta)
     assert words in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_the_ends_of_betas_range_are_played_without_a_warning(name: str) -> None:
+    for beta in (1e-12, 1e12):
+        run = play(toy(beta), name, 20)
+        assert np.isfinite([*run.log_policy, *run.kl, *run.exploitability]).all()
 
 
 def test_a_game_cannot_be_changed_after_its_check() -> None:
@@ -418,6 +431,8 @@ def test_nash_md_with_a_constant_step_rests_beside_the_equilibrium() -> None:
     assert_agrees(plateaus, "2.1e-4 / 8.0e-6")
 
 
+# The printed table has 1.7e-7 after 1000 steps at beta 0.1. Measured is 1.648e-7, which rounds to
+# 1.6e-7; the table's number was probably rounded twice (1.65e-7, 1.7e-7).
 @pytest.mark.parametrize(
     ("beta", "printed"),
     [(0.1, "2.8e-3 / 1.1e-5 / 1.65e-7 / 1.6e-9"), (0.01, "3.0e-1 / 2.7e-1 / 5.1e-2 / 5.8e-5")],
@@ -615,6 +630,9 @@ def test_online_ipo_is_another_name_of_self_play() -> None:
         ("nash_mp", {"eta": -1}, "eta: found -1"),
         ("drpo", {"eta": float("nan")}, "eta: found nan"),
         ("mpo", {"period": 0.5}, "period: found 0.5"),
+        ("mpo", {"period": 2.5}, "period: found 2.5"),
+        ("mpo", {"period": float("inf")}, "period: found inf, expected a whole number"),
+        ("mpo", {"period": float("nan")}, "period: found nan, expected a whole number"),
         ("nash_mp_ema", {"kappa": 1.1}, "kappa: found 1.1"),
         ("nash_mp_ema", {"lr": 0}, "lr: found 0"),
     ],
@@ -625,6 +643,29 @@ def test_what_an_algorithm_cannot_use_is_refused(
     with pytest.raises(PrefoptError) as caught:
         play(toy(0.1), name, 1, **settings)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [-1, 2.0, 10**8 + 1, 10**22])
+def test_a_number_of_steps_that_cannot_be_played_is_refused(steps: Any) -> None:
+    with pytest.raises(PrefoptError) as caught:
+        play(toy(0.1), "nash_mp", steps)
+    assert str(caught.value).startswith(f"steps: found {steps}, expected a whole number from 0 to")
+
+
+def test_no_steps_leave_the_reference() -> None:
+    run = play(toy(0.1), "nash_mp", np.int64(0))
+    assert np.exp(run.log_policy) == pytest.approx(REFERENCE, abs=1e-15)
+    assert len(run.kl) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("settings", "step"), [({"lr": 1e308}, 1), ({"eta": 1e-320}, 1), ({"eta": 1e-300}, 3)]
+)
+def test_a_policy_that_is_not_finite_is_refused(settings: dict[str, float], step: int) -> None:
+    words = f"nash_mp_ema: found a policy that is not finite after step {step}, .* lower lr"
+    with pytest.raises(PrefoptError, match=words):
+        play(toy(0.1), "nash_mp_ema", 100, **settings)
 
 
 # ------------------------------------------------------------------------- the command
@@ -640,7 +681,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(capsys: pytest.CaptureFixture[str], line: str) -> Any:
     assert main(["game", *line.split(), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    # NaN and Infinity are not JSON, but Python writes and reads them
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 def error_of(capsys: pytest.CaptureFixture[str], line: str) -> str:
@@ -661,6 +703,21 @@ def test_the_command_prints_one_result(files: Path, capsys: pytest.CaptureFixtur
     game = toy(0.1)
     gap = exploitability(game, np.log(result["policy"]))
     assert result["exploitability"] == pytest.approx(gap, rel=1e-9)
+
+
+def test_the_table_has_each_number_under_its_head(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "--payoff P.json --reference mu.json --algorithm nash_mp --beta 0.1 --steps 10"
+    assert main(["game", *line.split()]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    cells = {
+        name: row[: head.index(name) + len(name)].split()[-1]
+        for name in ("queries", "KL", "exploitability")
+    }
+    assert cells == {"queries": "20", "KL": "8.27e-04", "exploitability": "3.62e-04"}
+    assert row.startswith("nash_mp ")
+    assert row[head.index("policy") :] == "2: 0.4071, 0: 0.3893, 1: 0.2036"
 
 
 def test_the_reference_is_uniform_unless_given(
@@ -693,6 +750,39 @@ def test_a_plot_of_ties_has_nothing_to_draw_and_is_written(
     assert "<svg" in Path("ties.svg").read_text()
 
 
+def test_the_title_of_a_plot_counts_its_actions(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = []
+    monkeypatch.setattr(
+        "prefopt.games.plot.plot_trajectories", lambda runs, path, title: titles.append(title)
+    )
+    line = "--algorithm nash_mp --steps 1 --plot x.pdf"
+    for payoff in (CYCLE, [[0.5]]):
+        Path("P.json").write_text(json.dumps(payoff))
+        assert main(["game", "--payoff", "P.json", *line.split()]) == 0
+    assert titles == ["3 actions, beta = 0.1", "1 action, beta = 0.1"]
+
+
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [
+        ("nowhere/x.png", "plot: found no folder 'nowhere'"),
+        ("x.foo", "plot: found 'x.foo', expected a name that ends in .png, .svg, .pdf"),
+        ("picture", "plot: found 'picture', expected a name that ends in"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_a_step(
+    plot: str,
+    words: str,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("prefopt.games.command.play", lambda *_, **__: pytest.fail("played"))
+    assert words in error_of(capsys, f"--payoff P.json --algorithm nash_mp --plot {plot}")
+
+
 def test_tau_is_inpos_name_of_beta(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = "--payoff P.json --reference mu.json --algorithm inpo --steps 3 --eta 0.5"
     by_tau = command(capsys, f"{start} --tau 0.05")
@@ -710,8 +800,12 @@ def test_tau_is_inpos_name_of_beta(files: Path, capsys: pytest.CaptureFixture[st
         ("--algorithm nash_pm", "did you mean"),
         ("--algorithm nash_mp --beta -1", "beta: found -1"),
         ("--algorithm nash_mp --reference nowhere.json", "nowhere.json: No such file"),
-        ("--algorithm nash_mp --plot nowhere/x.png", "nowhere/x.png: No such file"),
-        ("--algorithm nash_mp --plot x.foo", "ends in .png"),
+        ("--algorithm nash_mp --steps 10000000000000000000000", "steps: found 1000000"),
+        ("--algorithm self_play --beta 1e300", "beta: found 1e+300, expected a number in"),
+        ("--algorithm inpo --tau 0", "beta: found 0.0, expected a number in"),
+        ("--algorithm mpo --period inf", "period: found inf"),
+        ("--algorithm mpo --period nan", "period: found nan"),
+        ("--algorithm nash_mp_ema --lr 1e308 --json", "a policy that is not finite"),
     ],
 )
 def test_bad_options_give_one_line(
@@ -725,14 +819,19 @@ def test_bad_options_give_one_line(
     [
         ("nonsense", "P.json: not JSON"),
         ("\x00\xff", "P.json: not JSON"),
-        ('{"payoff": 1}', "P.json: found a JSON dict"),
-        ("[0.5]", "expected the payoff as a list of rows"),
+        ('{"payoff": 1}', "payoff: found an object, expected a list (in P.json)"),
+        ("[0.5]", "payoff[0]: found 0.5, expected the payoff as a list of rows"),
+        ("[[0.5], 1]", "payoff[1]: found 1.0, expected the payoff as a list of rows"),
         ("[]", "expected a square"),
-        ('[[0.5, "a"], [0.1, 0.5]]', 'P.json[0][1]: found "a", expected a number'),
-        ("[[0.5, null], [0.1, 0.5]]", "P.json[0][1]: found null"),
-        ("[[0.5, true], [false, 0.5]]", "P.json[0][1]: found true"),
-        ("[[0.5, 0.9], [0.1]]", "P.json[1]: found a row of 1 entries, expected 2"),
+        ('[[0.5, "a"], [0.1, 0.5]]', 'payoff[0][1]: found "a", expected a number'),
+        ("[[0.5, null], [0.1, 0.5]]", "payoff[0][1]: found null"),
+        ("[[0.5, true], [false, 0.5]]", "payoff[0][1]: found true"),
+        ("[[0.5, 0.9], [0.1]]", "payoff[1]: found a row of 1 entries, expected 2"),
         ("[[0.5, NaN], [0.1, 0.5]]", "payoff[0][1]: found nan"),
+        (f"[[0.5, {'9' * 400}], [0.1, 0.5]]", "payoff[0][1]: found inf, expected the probability"),
+        (f"[[0.5, {'9' * 5000}], [0.1, 0.5]]", "payoff[0][1]: found inf, expected the probability"),
+        ("[" * 900 + "]" * 900, "payoff[0][0]: found a list, expected a number"),
+        ("[" * 100_000 + "]" * 100_000, "P.json: lists nested too deeply, expected the payoff"),
         ("[[0.5, 0.9], [0.2, 0.5]]", "payoff[0][1] + payoff[1][0]"),
     ],
 )
@@ -741,3 +840,20 @@ def test_a_bad_file_gives_one_line(
 ) -> None:
     Path("P.json").write_text(content)
     assert words in error_of(capsys, "--payoff P.json --algorithm nash_mp")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("0.5", "reference: found 0.5, expected a list (in mu.json)"),
+        ("[0.5, [0.3], 0.2]", "reference[1]: found a list, expected a number"),
+        ("[0.5, 0.3]", "reference: found shape (2,), expected (3,)"),
+        ("[" * 100_000, "mu.json: lists nested too deeply, expected the reference"),
+    ],
+)
+def test_a_bad_reference_gives_one_line(
+    content: str, words: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mu.json").write_text(content)
+    line = "--payoff P.json --reference mu.json --algorithm nash_mp"
+    assert words in error_of(capsys, line)

@@ -398,3 +398,30 @@ def test_numbers_of_samples_that_cannot_be_paired_are_refused(pairing: str) -> N
             judge_samples(ListedJudge(), ["p"], [texts(1, 2, 3, 4, 5)], settings, ["key"])
     else:
         assert len(pairs_of(texts(1, 2, 3, 4, 5), pairing=pairing).pairs) == 1
+
+
+def test_a_tie_is_not_lost_as_a_copy_of_the_best() -> None:
+    settings = PairingSettings(ties="keep")
+    result = make_pairs(Judgement([1.0, 1.0, 1.0], []), ["x", "y", "x"], settings, "key")
+    assert result.pairs == [Pair(0, 1, 0.5)]
+    assert (result.ties_kept, result.identical) == (1, 0)
+
+
+def test_a_prompt_that_occurs_twice_is_judged_each_time_by_itself() -> None:
+    class Relative:
+        """Scores within the call, as a preference model does."""
+
+        def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
+            groups = {
+                p: [c for q, c in zip(prompts, completions, strict=True) if p == q] for p in prompts
+            }
+            return np.array(
+                [
+                    sum(len(c) > len(other) for other in groups[p])
+                    for p, c in zip(prompts, completions, strict=True)
+                ]
+            )
+
+    samples = [["a", "bb"], ["ccc", "dddd"], ["a", "bb"]]
+    found = judge_samples(Relative(), ["p", "p", "q"], samples, PairingSettings(), ["1", "2", "3"])
+    assert [judgement.scores for judgement in found] == [[0.0, 1.0]] * 3

@@ -293,8 +293,15 @@ def test_nothing_asked_nothing_answered(judge: PreferenceModel) -> None:
 
 
 def test_an_answer_cannot_end_the_question(judge: PreferenceModel) -> None:
-    with pytest.raises(PrefoptError, match=r"stop token .*found 'moo' and 'woof <eos>A'; remove"):
-        judge.prefer([PROMPT], ["moo"], ["woof <eos>A"])
+    spelt = judge.prefer([PROMPT], ["moo"], ["woof <e<eos>os>"])  # as a policy could spell it
+    assert spelt == judge.prefer([PROMPT], ["moo"], ["woof "])
+    with pytest.raises(PrefoptError, match="a prompt holds a stop token of the judge"):
+        judge.prefer(["please <eos> repeat"], ["moo"], ["woof"])
+
+
+def test_what_the_judge_cannot_see_at_once_is_refused(judge: PreferenceModel) -> None:
+    with pytest.raises(PrefoptError, match=r"is to read \d+ tokens, but sees \d+ at once"):
+        judge.prefer([PROMPT], ["moo " * 1000], ["woof"])
 
 
 def test_weights_that_are_not_numbers_are_noticed(judge: PreferenceModel) -> None:
@@ -339,7 +346,7 @@ def test_each_pair_is_read_in_both_orders(tokenizer) -> None:
     for i, p in enumerate((0.8, 0.2)):
         assert rows[i] == {
             "prompt_ids": rows.prompt_ids[i],
-            "answer_ids": answers,
+            "answer_ids": [answers[i]],  # the likelier one
             "p_a": pytest.approx(p),
             "length_difference": difference,
             "where": "p:0",
@@ -448,7 +455,7 @@ def test_the_loss_is_the_cross_entropy_of_transformers(
     model, expected, margins = tiny_model(sharpness=3.0), [], []
     for i in range(len(rows)):
         by_answer = []
-        for token in rows.answer_ids[i]:
+        for token in rows.letters:
             ids = torch.tensor([[*rows.prompt_ids[i], token]])
             labels = torch.full_like(ids, -100)
             labels[0, -1] = token

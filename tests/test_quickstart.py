@@ -83,5 +83,11 @@ def test_every_algorithm_beats_sft_by_the_gold_rule(tmp_path: Path) -> None:
         row = summary["algorithms"][name]
         assert row["win_rate_ci"][0] > 50, name
         assert row["gold_quality"] > sft["gold_quality"], name
-    assert summary["reward_model"]["accuracy"] > 0.65
+    circle = summary["intransitive"]
+    assert circle["preference_model"]["accuracy"] > circle["reward_model"]["accuracy"] + 0.1, (
+        "one score an answer cannot say who wins in a circle"
+    )
+    exploitable = {k: v["exploitability"] for k, v in circle["algorithms"].items()}
+    assert exploitable["inpo"] < exploitable["sft"]
+    assert summary["reward_model"]["accuracy"] > 0.6
     assert summary["preference_model"]["accuracy"] > 0.6

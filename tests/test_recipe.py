@@ -497,6 +497,7 @@ def flattened(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_the_documented_keys_and_defaults_are_those_of_the_code(recipe_file: Path) -> None:
     rows = re.findall(r"^\| `(\S+)` \| (.+?) \|", DOCS.read_text(encoding="utf-8"), flags=re.M)
+    rows = [row for row in rows if "/" not in row[0]]  # recipes have a table too
     documented = dict(rows)
     assert len(documented) == len(rows)
     overrides = ["model.lora={}", "judge={kind: reward_model, path: j}", "eval.prompts=p"]

@@ -184,7 +184,9 @@ def test_too_many_curves_are_counted(tmp_path, monkeypatch):
 
 
 def test_long_run_is_averaged_not_cut(tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "loss": 1.0 + s % 2} for s in range(20_000)])
+    write_lines(
+        tmp_path / "metrics.jsonl", [{"step": s, "loss": 1.0 + s % 2} for s in range(20_000)]
+    )
     text, _ = report(tmp_path)
     assert len(figures(text)[0]) < 20_000
     assert "15000" in figures(text)[0]

@@ -412,6 +412,46 @@ def test_schedule_and_optimiser_begin_afresh_or_go_on(
     assert steps.adam == adam
 
 
+@pytest.mark.parametrize("optimizer_state", ["fresh", "continue"])
+def test_a_round_of_one_step_trains_in_spite_of_its_warm_up(
+    make: Make, optimizer_state: str
+) -> None:
+    """transformers' warm-up begins at a rate of 0: of such rounds nothing would be left."""
+    trainer = make(
+        per_device_train_batch_size=16,
+        num_train_epochs=1,
+        warmup_steps=0.03,
+        optimizer_state=optimizer_state,
+    )
+    trainer.train()
+    assert logged(trainer, "learning_rate") == [PEAK, PEAK]
+
+
+def test_a_limit_on_steps_ends_one_schedule_over_all_rounds_too(make: Make) -> None:
+    trainer = make(optimizer_state="continue", lr_scheduler_type="linear", max_steps=4)
+    trainer.train()
+    shares = [4 / 4, 3 / 4, 2 / 4, 1 / 4]
+    assert logged(trainer, "learning_rate") == pytest.approx([PEAK * share for share in shares])
+
+
+def test_the_callers_arguments_stay_as_they_are(make: Make) -> None:
+    config = TRAINERS["online_dpo"][0](output_dir="run", rounds=2, **EVERY_RUN)
+    before = config.max_steps
+    OnlineDPOTrainer(
+        tiny_policy(),
+        config,
+        [{"prompt": prompt} for prompt in PROMPTS[:12]],
+        judge=Graded(fine),
+        processing_class=TOKENIZER,
+    )
+    assert config.max_steps == before
+
+
+def test_greedy_samples_are_refused(make: Make) -> None:
+    with pytest.raises(PrefoptError, match=r"temperature: found 0 \(greedy\) for 2 samples"):
+        make(sampling=SamplingSettings(samples_per_prompt=2, temperature=0))
+
+
 def test_one_schedule_over_all_rounds_gives_a_short_round_its_planned_part(make: Make) -> None:
     plan = plan_rounds(12, rounds=2, prompts_per_round=None, seed=SEED)
     undecided = [PROMPTS[i] for i in plan[0].prompts[:3]]
@@ -726,8 +766,8 @@ def test_under_an_adapter_the_reference_stays_the_base_model(make: Make) -> None
         ("online_dpo", {"loss_type": "aot", "soft_labels": True}, "knows no soft labels"),
         ("online_dpo", {"reference": "newest"}, "expected initial or previous"),
         ("online_dpo", {"prompts_per_shard": 0}, "prompts_per_shard: found 0"),
-        ("inpo", {"reference": "previous"}, "expected initial and this_round"),
-        ("inpo", {"data_window": "all_so_far"}, "expected initial and this_round"),
+        ("online_dpo", {"loss_type": "sppo_soft"}, "needs soft_labels: true"),
+        ("online_dpo", {"save_strategy": "best"}, "save_strategy: found best"),
         ("inpo", {"tau": 0.5}, "from 0 to eta"),
     ],
 )

@@ -91,7 +91,7 @@ def test_checkpoints_of_other_data_are_not_continued(world: WorldPaths, tmp_path
     stage("dpo", world, tmp_path / "run", *options)
     (tmp_path / "run" / "summary.json").unlink()
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-20]))
-    with pytest.raises(PrefoptError, match="trained with other rows"):
+    with pytest.raises(PrefoptError, match="begun with other rows"):
         stage("dpo", world, tmp_path / "run", *options)
 
 

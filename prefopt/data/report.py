@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefopt.data.tokenize import Ragged, TokenizedDemonstrations, TokenizedPairs, TokenizedPrompts
+from prefopt.data.tokenize import Ragged, Tokenized, TokenizedPairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def data_report(
-    tokenized: TokenizedPairs | TokenizedDemonstrations | TokenizedPrompts,
+    tokenized: Tokenized,
     tokenizer: PreTrainedTokenizerBase,
     *,
     invalid: Mapping[str, int] | None = None,
@@ -24,7 +24,7 @@ def data_report(
     """Describes a tokenised data set.
 
     Args:
-        tokenized: Pairs, demonstrations or prompts.
+        tokenized: Pairs, comparisons, demonstrations or prompts.
         tokenizer: The tokenizer that made them.
         invalid: Bad rows by kind, as `prefopt.data.rows.validate` counts them.
 

@@ -65,6 +65,14 @@ class Demonstration:
     where: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A prompt to answer, and the place of its row, ``file:row``."""
+
+    prompt: Prompt
+    where: str
+
+
 def parse_pair(row: Row, where: str) -> PreferencePair:
     """Reads a preference pair.
 
@@ -174,6 +182,11 @@ def parse_prompt(row: Row, where: str) -> Prompt:
         prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     _check_prompt(prompt, here)
     return prompt
+
+
+def parse_prompt_row(row: Row, where: str) -> PromptRow:
+    """Reads the prompt to answer, as `parse_prompt` does, and keeps its place."""
+    return PromptRow(parse_prompt(row, where), where)
 
 
 def validate(

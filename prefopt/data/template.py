@@ -201,6 +201,29 @@ def stop_token_ids(
     return sorted(found - {None})
 
 
+def without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text with the spellings of special and stop tokens taken out.
+
+    A policy can spell them in plain characters; a judge that tokenised them as what they spell
+    would read a turn that ends early.
+
+    Args:
+        tokenizer: The judge's tokenizer.
+        text: Any text.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    spellings = {token.content for token in added if token.special} | {
+        *tokenizer.all_special_tokens
+    }
+    spellings |= {*tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))}
+    before = None
+    while text != before:  # what is taken out may have stood inside another
+        before = text
+        for spelling in spellings:
+            text = text.replace(spelling, "")
+    return text
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, conversational: bool) -> None:
     """Checks, before any data is read, that a tokenizer can encode prompts and answers.
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from prefopt.data.rows import Completion, Demonstration, PreferencePair, Prompt
+from prefopt.data.rows import Completion, Demonstration, PreferencePair, Prompt, PromptRow
 from prefopt.data.template import check_one_bos, encode, find_stop, render, stop_token_ids
 from prefopt.errors import PrefoptError
 
@@ -99,18 +99,20 @@ class Tokenized:
 
     Attributes:
         prompt_ids: Prompts, with the assistant header of a conversation.
+        where: Places of the rows.
         dropped: What was left out.
     """
 
     prompt_ids: Ragged = field(default_factory=Ragged)
+    where: list[str] = field(default_factory=list)
     dropped: DropCounts = field(default_factory=DropCounts)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        columns = {name: column for name, column in vars(self).items() if name != "dropped"}
-        return {name: column[index] for name, column in columns.items()}
+        columns = vars(self).items()
+        return {name: c[index] for name, c in columns if isinstance(c, Ragged | array | list)}
 
     @property
     def fingerprint(self) -> str:
@@ -130,30 +132,26 @@ class TokenizedPairs(Tokenized):
         rejected_ids: Other answers, likewise.
         p_chosen: Soft labels.
         margin: Margins.
-        where: Places of the rows.
     """
 
     chosen_ids: Ragged = field(default_factory=Ragged)
     rejected_ids: Ragged = field(default_factory=Ragged)
     p_chosen: array[float] = field(default_factory=lambda: array("d"))
     margin: array[float] = field(default_factory=lambda: array("d"))
-    where: list[str] = field(default_factory=list)
 
 
 @dataclass
 class TokenizedDemonstrations(Tokenized):
-    """Demonstrations as token ids: answers with the token that ends them, and rows' places."""
+    """Demonstrations as token ids: answers with the token that ends them."""
 
     completion_ids: Ragged = field(default_factory=Ragged)
-    where: list[str] = field(default_factory=list)
 
 
 @dataclass
 class TokenizedPrompts(Tokenized):
-    """Prompts as token ids, with the text that a judge reads, and their places."""
+    """Prompts as token ids, with the text that a judge reads."""
 
     prompt: list[Prompt] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
 
 
 def tokenize_pairs(
@@ -215,7 +213,7 @@ def tokenize_demonstrations(
 
 
 def tokenize_prompts(
-    prompts: Iterable[Prompt],
+    prompts: Iterable[Prompt | PromptRow],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None,
@@ -229,8 +227,12 @@ def tokenize_prompts(
     kept = TokenizedPrompts()
     seen: set[tuple[int, ...]] = set()
     limits = _Limits(tokenizer, max_prompt_length, None, kept.dropped)
-    items = ((prompt, f"prompt {i}", prompt, ()) for i, prompt in enumerate(prompts, start=1))
-    for number, (prompt, prompt_ids, _) in enumerate(_encode(items, tokenizer), start=1):
+    rows = (
+        row if isinstance(row, PromptRow) else PromptRow(row, f"prompt {number}")
+        for number, row in enumerate(prompts, start=1)
+    )
+    items = ((row, row.where, row.prompt, ()) for row in rows)
+    for row, prompt_ids, _ in _encode(items, tokenizer):
         if not limits.accept(prompt_ids, []):
             continue
         if distinct and tuple(prompt_ids) in seen:
@@ -238,8 +240,8 @@ def tokenize_prompts(
             continue
         seen.add(tuple(prompt_ids))
         kept.prompt_ids.append(prompt_ids)
-        kept.prompt.append(prompt)
-        kept.where.append(f"prompt {number}")
+        kept.prompt.append(row.prompt)
+        kept.where.append(row.where)
     limits.check_some_left(len(kept))
     return kept
 

@@ -15,6 +15,7 @@ from prefopt.games.trajectory import ALGORITHMS, Trajectory, algorithm_name, pla
 
 DEFAULT_BETA = 0.1
 SHOWN_ACTIONS = 10
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def play_files(
@@ -37,7 +38,7 @@ def play_files(
         steps: Steps of each algorithm.
         settings: The algorithm's own, over its defaults; with a single algorithm only. INPO's
             ``tau`` is another name of beta.
-        plot: Picture to write, if any.
+        plot: Picture to write, if any: .png, .svg or .pdf.
 
     Returns:
         ``policy``, ``kl_to_equilibrium``, ``exploitability`` and ``queries``; a mapping from name
@@ -47,19 +48,19 @@ def play_files(
         PrefoptError: If a file, an option or a value is refused.
     """
     beta, settings = _beta_and_settings(algorithms, beta, settings)
-    matrix = _numbers(payoff)
-    if not isinstance(matrix, list) or not all(isinstance(row, list) for row in matrix):
-        raise PrefoptError(f"{payoff}: expected the payoff as a list of rows, [[0.5, 0.9], ...]")
+    if plot:
+        _check_picture(Path(plot))
+    matrix = _read_payoff(payoff)
     uniform = [1 / max(len(matrix), 1)] * len(matrix)
-    game = Game(matrix, uniform if reference is None else _numbers(reference), beta)
+    game = Game(matrix, uniform if reference is None else _read_reference(reference), beta)
     runs = {name: play(game, name, steps, **settings) for name in algorithms}
     if plot:
         # matplotlib takes half a second to import
         from prefopt.games.plot import plot_trajectories
 
         actions = len(game.reference)
-        labelled = {_label(name): run for name, run in runs.items()}
-        plot_trajectories(labelled, plot, f"{actions} actions, beta = {game.beta:g}")
+        title = f"{actions} action{'s' if actions > 1 else ''}, beta = {game.beta:g}"
+        plot_trajectories({_label(name): run for name, run in runs.items()}, plot, title)
     results = {name: _result(run) for name, run in runs.items()}
     return results if len(results) > 1 else results[algorithms[0]]
 
@@ -113,27 +114,62 @@ def _result(run: Trajectory) -> dict[str, Any]:
     }
 
 
-def _numbers(path: str) -> Any:
-    """The JSON value in a file, after a check that its lists hold numbers in rows of one length."""
+def _check_picture(path: Path) -> None:
+    """Refuses, before anything is played, a picture that could not be written after it."""
+    if path.suffix.lower() not in PICTURES:
+        raise PrefoptError(
+            f"plot: found {str(path)!r}, expected a name that ends in {', '.join(PICTURES)}"
+        )
+    if not path.parent.is_dir():
+        raise PrefoptError(
+            f"plot: found no folder {str(path.parent)!r} to write {path.name!r} to; create it"
+        )
+
+
+def _read_payoff(path: str) -> list[list[float]]:
+    rows = _read_list(path, "payoff")
+    for index, row in enumerate(rows):
+        if not isinstance(row, list):
+            raise PrefoptError(
+                f"payoff[{index}]: found {_shown(row)}, expected the payoff as a list of rows, "
+                "[[0.5, 0.9], ...]"
+            )
+        if len(row) != len(rows[0]):
+            raise PrefoptError(
+                f"payoff[{index}]: found a row of {len(row)} entries, expected {len(rows[0])}, as "
+                "in row 0"
+            )
+        _check_numbers(f"payoff[{index}]", row)
+    return rows
+
+
+def _read_reference(path: str) -> list[float]:
+    numbers = _read_list(path, "reference")
+    _check_numbers("reference", numbers)
+    return numbers
+
+
+def _read_list(path: str, name: str) -> list[Any]:
+    """The JSON list in a file; every number in it is a float."""
     try:
-        values = json.loads(Path(path).read_bytes())
+        values = json.loads(Path(path).read_bytes(), parse_int=float)
+    except RecursionError as error:
+        raise PrefoptError(f"{path}: lists nested too deeply, expected the {name}") from error
     except ValueError as error:
         raise PrefoptError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, list):
-        raise PrefoptError(f"{path}: found a JSON {type(values).__name__}, expected a list")
-    _check_list(path, values)
+        raise PrefoptError(f"{name}: found {_shown(values)}, expected a list (in {path})")
     return values
 
 
-def _check_list(place: str, values: list[Any]) -> None:
+def _check_numbers(place: str, values: list[Any]) -> None:
     for index, item in enumerate(values):
-        if isinstance(item, list):
-            width = len(values[0]) if isinstance(values[0], list) else None
-            if len(item) != width:
-                expected = "a number" if width is None else f"{width}, as in row 0"
-                raise PrefoptError(
-                    f"{place}[{index}]: found a row of {len(item)} entries, expected {expected}"
-                )
-            _check_list(f"{place}[{index}]", item)
-        elif isinstance(item, bool) or not isinstance(item, int | float):
-            raise PrefoptError(f"{place}[{index}]: found {json.dumps(item)}, expected a number")
+        if not isinstance(item, float):
+            raise PrefoptError(f"{place}[{index}]: found {_shown(item)}, expected a number")
+
+
+def _shown(item: Any) -> str:
+    """A JSON value in a message: lists and objects, which may be of any size, by their kind."""
+    if isinstance(item, list | dict):
+        return "a list" if isinstance(item, list) else "an object"
+    return json.dumps(item)

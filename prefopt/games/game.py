@@ -31,6 +31,8 @@ MAX_NEWTON_STEPS = 500
 NASH_BETA = 1e-5
 NASH_CERTIFICATE = 1e-9
 MAX_NASH_ROUNDS = 100
+# Wide enough for any use; within it 1/beta, beta^2 and their products stay inside float64.
+MIN_BETA, MAX_BETA = 1e-12, 1e12
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class Game:
     Args:
         payoff: P, shape [actions, actions], entries in [0, 1], ``P + P^T = 1``.
         reference: mu, shape [actions], positive, summing to 1.
-        beta: Weight of the divergence from the reference, positive.
+        beta: Weight of the divergence from the reference, in [1e-12, 1e12].
 
     Raises:
         PrefoptError: If one of these does not hold; indices in the message count from 0.
@@ -53,8 +55,10 @@ class Game:
     def __init__(self, payoff: ArrayLike, reference: ArrayLike, beta: float) -> None:
         object.__setattr__(self, "payoff", _checked_payoff(payoff))
         object.__setattr__(self, "reference", _checked_reference(reference, len(self.payoff)))
-        if not 0 < beta < np.inf:
-            raise PrefoptError(f"beta: found {beta}, expected a positive number")
+        if not MIN_BETA <= beta <= MAX_BETA:
+            raise PrefoptError(
+                f"beta: found {beta}, expected a number in [{MIN_BETA:g}, {MAX_BETA:g}]"
+            )
         object.__setattr__(self, "beta", float(beta))
 
     @property
@@ -255,7 +259,7 @@ def _frozen(name: str, values: ArrayLike) -> Array:
         array: Any = np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise PrefoptError(
-            f"{name}: expected numbers in rows of one length; numpy says: {error}"
+            f"{name}: expected float64 numbers in rows of one length; numpy says: {error}"
         ) from error
     array.flags.writeable = False
     return array

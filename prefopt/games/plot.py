@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from prefopt.errors import PrefoptError
 from prefopt.games.trajectory import Trajectory
 
 # Okabe and Ito's colour-blind safe palette, with grey for its yellow, which is lost on white.
@@ -27,16 +25,10 @@ def plot_trajectories(
 
     Args:
         trajectories: One run for each label of the legend.
-        path: The picture; its ending says the format (png, svg, pdf).
+        path: The picture; its ending says the format, one that matplotlib knows.
         title: Text above the panels.
-
-    Raises:
-        PrefoptError: If matplotlib knows no format of that ending.
     """
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
-    formats = FigureCanvasAgg(figure).get_supported_filetypes()
-    if Path(path).suffix[1:].lower() not in formats:
-        raise PrefoptError(f"plot: found {str(path)!r}, expected a name that ends in .png or .svg")
     left, right = figure.subplots(1, 2, sharex=True)
     for index, (label, run) in enumerate(trajectories.items()):
         # colours and dashes have coprime counts: the two together repeat after 24 curves only

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,9 @@ from prefopt.games.game import (
     nash_exploitability,
     win_rates,
 )
+
+# More would take hours and memory beyond bounds: every policy is measured.
+MAX_STEPS = 10**8
 
 
 class Algorithm(NamedTuple):
@@ -93,19 +97,29 @@ def play(game: Game, algorithm: str, steps: int, **settings: float) -> Trajector
     Args:
         game: The game; the policy starts at its reference.
         algorithm: A name of ``ALGORITHMS`` or ``ALIASES``.
-        steps: Number of steps, at least 0.
+        steps: Number of steps, from 0 to 1e8.
         settings: The algorithm's own, over its defaults.
 
     Raises:
-        PrefoptError: If the algorithm, a setting or a value is refused, or no equilibrium found.
+        PrefoptError: If the algorithm, a setting or a value is refused, no equilibrium is found or
+            a policy is not finite.
     """
+    if not isinstance(steps, Integral) or not 0 <= steps <= MAX_STEPS:
+        raise PrefoptError(f"steps: found {steps}, expected a whole number from 0 to {MAX_STEPS:,}")
     chosen = ALGORITHMS[algorithm_name(algorithm)]
     sequence = policies(game, algorithm, **settings)
     target = equilibrium(game) if chosen.regularised else nash(game)
     gap = exploitability if chosen.regularised else nash_exploitability
     measured = []
-    for log_policy in islice(sequence, steps + 1):
-        measured.append((kl(target, log_policy), gap(game, log_policy)))
+    # what overflows is refused by name, without numpy's warnings
+    with np.errstate(over="ignore", invalid="ignore"):
+        for step, log_policy in enumerate(islice(sequence, steps + 1)):
+            measured.append((kl(target, log_policy), gap(game, log_policy)))
+            if not (np.isfinite(log_policy).all() and np.isfinite(measured[-1]).all()):
+                raise PrefoptError(
+                    f"{algorithm}: found a policy that is not finite after step {step}, expected "
+                    "log-probabilities; lower lr or, where beta / eta is huge, raise eta"
+                )
     queries = chosen.queries * np.arange(steps + 1)
     return Trajectory(log_policy, queries, *np.array(measured).T)
 
@@ -156,7 +170,7 @@ def _nash_mp_ema(game: Game, **settings: float) -> Iterator[Array]:
 
 
 def _mpo(game: Game, eta: float, period: float) -> Iterator[Array]:
-    if period < 1 or period != int(period):
+    if period < 1 or not float(period).is_integer():
         raise PrefoptError(f"period: found {period}, expected a whole number of steps, at least 1")
     policy, t = game.log_reference, 0
     while True:

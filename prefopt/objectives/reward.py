@@ -64,7 +64,7 @@ def answer_loss(log_prob_a: Tensor, log_prob_b: Tensor, p_a: Tensor) -> Tensor:
     """One loss per comparison, ``-p_a log pi("A") - (1 - p_a) log pi("B")``.
 
     The cross-entropy of a pairwise preference model's one-token answer over its whole vocabulary:
-    supervised fine-tuning on "A" or "B" (RLHF Workflow, Dong et al., arXiv 2405.07863, section 2),
+    supervised fine-tuning on "A" or "B" (RLHF Workflow, Dong et al., arXiv 2405.07863),
     in expectation over an uncertain label. It ends at ``pi("A") = p_a``, ``pi("B") = 1 - p_a``,
     where it is the label's entropy.
 

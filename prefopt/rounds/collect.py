@@ -7,7 +7,6 @@ Neither shards nor samples depend on the number of processes.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -108,9 +107,9 @@ def collect_round(
     Returns:
         Seconds this process spent, ``time/generate`` and ``time/judge``.
     """
-    seconds = Counter({"time/generate": 0.0, "time/judge": 0.0})
+    seconds = {"time/generate": 0.0, "time/judge": 0.0}
     if (folder / "round.json").exists() and (folder / "pairs.jsonl").exists():
-        return dict(seconds)
+        return seconds
     rollouts: dict[int, list[Sample]] = {}
     judgements: dict[int, Judgement] = {}
     made: dict[int, PromptPairs] = {}
@@ -135,7 +134,7 @@ def collect_round(
         report = {"round": index, **_report(rollouts, judgements, made), "redrawn": redrawn}
         write_lines(folder / "round.json", [report])
     state.wait_for_everyone()
-    return dict(seconds)
+    return seconds
 
 
 def _draw(
@@ -146,7 +145,7 @@ def _draw(
     planned: PlannedRound,
     positions: Sequence[int],
     progress: Progress,
-    seconds: Counter[str],
+    seconds: dict[str, float],
 ) -> int:
     """Samples and judges some positions of a round; returns the number of shards they make."""
     state = PartialState()

@@ -5,7 +5,8 @@ and returns everything it said; ``make_pairs`` is a pure function of that and of
 pairs can be made anew from what is stored on disk, without the judge.
 
 - ``best_worst``: highest against lowest score (Dong et al., RLHF Workflow, arXiv 2405.07863,
-  Algorithm 2). Of equal scores the first is the best and the last the worst.
+  Algorithm 2). Of equal scores the first is the best and the last the worst, if its text is
+  another.
 - ``best_random``: highest score against another sample, drawn uniformly.
 - ``tournament``: neighbours meet; the winners play a knock-out for the best, the losers for the
   worst. Of an odd number in a round the last goes on without a match; at P = 1/2 the lower index
@@ -19,8 +20,10 @@ the loss would have no gradient.
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -291,7 +294,8 @@ def _scored(
     indices = range(len(texts))
     best = max(indices, key=penalised.__getitem__)
     if settings.pairing == "best_worst":
-        other = min(reversed(indices), key=penalised.__getitem__)
+        # of equal scores one of another text: a tie must not be lost as a copy of the best
+        other = min(reversed(indices), key=lambda n: (penalised[n], texts[n] == texts[best]))
     else:
         other = random.Random(key).choice([n for n in indices if n != best])
     p = 1.0
@@ -345,18 +349,27 @@ def _neighbours(field: Sequence[int]) -> list[_Match]:
 def _scores(
     judge: Judge, prompts: Sequence[Prompt], samples: Sequence[Sequence[str]], keys: Sequence[str]
 ) -> list[list[float]]:
-    asked = [(n, text) for n, texts in enumerate(samples) for text in texts]
-    if not asked:
-        return []
-    values = judge.score([prompts[n] for n, _ in asked], [text for _, text in asked])
+    """Every sample's score; one call, but for a prompt that occurs again, which has the next.
+
+    A judge that only compares scores samples against each other, and must not mix two occurrences.
+    """
+    calls: dict[int, list[int]] = {}
+    seen: Counter[str] = Counter()
+    for n, prompt in enumerate(prompts):
+        name = json.dumps(prompt, sort_keys=True)
+        calls.setdefault(seen[name], []).append(n)
+        seen[name] += 1
     scores: list[list[float]] = [[] for _ in samples]
-    for (n, _), value in zip(asked, np.asarray(values, dtype=float).tolist(), strict=True):
-        if not math.isfinite(value):
-            raise PrefoptError(
-                f"prompt {keys[n]!r}: found score {value} for sample {len(scores[n])}, expected a "
-                "finite number; correct the judge"
-            )
-        scores[n].append(value)
+    for numbers in calls.values():
+        asked = [(n, text) for n in numbers for text in samples[n]]
+        values = judge.score([prompts[n] for n, _ in asked], [text for _, text in asked])
+        for (n, _), value in zip(asked, np.asarray(values, dtype=float).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise PrefoptError(
+                    f"prompt {keys[n]!r}: found score {value} for sample {len(scores[n])}, "
+                    "expected a finite number; correct the judge"
+                )
+            scores[n].append(value)
     return scores
 
 

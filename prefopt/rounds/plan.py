@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,16 +47,15 @@ def plan_rounds(
     for name, value in (("rounds", rounds), ("prompts_per_round", prompts_per_round)):
         if value is not None and value < 1:
             raise PrefoptError(f"{name}: found {value}, expected at least 1, or null")
-    if rounds is None and prompts_per_round is None:
-        raise PrefoptError("rounds and prompts_per_round are both null; set one of them")
-    if prompts_per_round is None:
-        if rounds > num_prompts:
-            raise PrefoptError(f"rounds: found {rounds}, but there are {num_prompts} prompts")
-        bounds = np.linspace(0, num_prompts, rounds + 1).astype(int)
+    if prompts_per_round is not None:
+        total = num_prompts if rounds is None else rounds * prompts_per_round
+        bounds = np.append(np.arange(0, total, prompts_per_round), total)
     elif rounds is None:
-        bounds = np.append(np.arange(0, num_prompts, prompts_per_round), num_prompts)
+        raise PrefoptError("rounds and prompts_per_round are both null; set one of them")
+    elif rounds > num_prompts:
+        raise PrefoptError(f"rounds: found {rounds}, but there are {num_prompts} prompts")
     else:
-        bounds = np.arange(rounds + 1) * prompts_per_round
+        bounds = np.linspace(0, num_prompts, rounds + 1).astype(int)
     passes = -(-int(bounds[-1]) // num_prompts)
     stream = np.concatenate(
         [np.random.default_rng((seed, p)).permutation(num_prompts) for p in range(passes)]
@@ -67,3 +67,22 @@ def plan_rounds(
         )
         for start, end in pairwise(bounds)
     ]
+
+
+def row_order(rows: int, *, passes: float, shuffle: bool, seed: tuple[int, ...]) -> np.ndarray:
+    """Row numbers in the order they are trained on, all passes one after another.
+
+    Args:
+        rows: How many rows there are.
+        passes: How often each is used; of a fraction, the last pass is cut short.
+        shuffle: Whether each pass has an order of its own.
+        seed: Of the shuffles.
+
+    Returns:
+        int64 [ceil(rows * passes)].
+    """
+    order = [
+        np.random.default_rng((*seed, number)).permutation(rows) if shuffle else np.arange(rows)
+        for number in range(math.ceil(passes))
+    ]
+    return np.concatenate(order)[: math.ceil(rows * passes)]

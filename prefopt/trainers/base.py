@@ -141,7 +141,7 @@ class TreeTrainer(CompleteCheckpoints):
     Args:
         model: A loaded model; ``peft_config`` wraps it in an adapter.
         args: The algorithm's configuration.
-        train_dataset: Trees to train on.
+        train_dataset: Trees to train on (a ``TreeDataset``), or what an algorithm makes them of.
         eval_dataset: Held-out trees.
         processing_class: The policy's tokenizer, saved beside the weights.
         peft_config: A PEFT configuration such as ``LoraConfig``.
@@ -152,7 +152,7 @@ class TreeTrainer(CompleteCheckpoints):
         self,
         model: nn.Module,
         args: TreeTrainerConfig,
-        train_dataset: TreeDataset | None,
+        train_dataset: Any,
         eval_dataset: TreeDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,

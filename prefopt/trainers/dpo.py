@@ -38,7 +38,7 @@ class DPOConfig(TreeTrainerConfig):
         default=0.0, metadata={"help": "Share of flipped labels (cdpo, robust, exo_pair, aot)."}
     )
     gamma: float = field(default=0.5, metadata={"help": "SimPO's target margin."})
-    tau: float = field(default=0.05, metadata={"help": "DiscoPOP's temperature."})
+    discopop_tau: float = field(default=0.05, metadata={"help": "DiscoPOP's temperature."})
 
     def __post_init__(self) -> None:
         nothing, one = torch.zeros(1), torch.ones(1)
@@ -134,7 +134,7 @@ def dpo_losses(
         rejected_lengths=trees.lengths[1::2],
         p_chosen=inputs.get("p_chosen"),
         gamma=args.gamma,
-        tau=args.tau,
+        tau=args.discopop_tau,
     )
     return losses, pair_metrics(log_probs, reference, args.beta)
 

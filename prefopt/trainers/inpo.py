@@ -6,18 +6,20 @@ log-ratios to pi_t and to the initial policy by least squares.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives import inpo_loss
 from prefopt.trainers.dpo import pair_metrics
 from prefopt.trainers.round_config import RoundConfig
 from prefopt.trainers.rounds import RoundTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,11 +53,13 @@ class INPOConfig(RoundConfig):
         nothing = torch.zeros(1)
         inpo_loss(*[nothing] * 6, eta=self.eta, tau=self.tau)  # refuses values out of range
         if (self.reference, self.data_window) != ("initial", "this_round"):
-            raise PrefoptError(
-                f"inpo: found reference={self.reference}, data_window={self.data_window}; expected "
-                "initial and this_round: its pairs are samples of pi_t, and tau anchors it to the "
-                "initial policy (tau=0 leaves pi_t alone)"
+            logger.warning(
+                "reference=%s and data_window=%s are not used by inpo: its pairs are samples of "
+                "pi_t, and tau anchors it to the initial policy (tau=0 leaves pi_t alone)",
+                self.reference,
+                self.data_window,
             )
+            self.reference, self.data_window = "initial", "this_round"
 
 
 class INPOTrainer(RoundTrainer):

@@ -41,6 +41,8 @@ class OnlineDPOConfig(RoundConfig, DPOConfig):
                 f"loss_type {self.loss_type!r} knows no soft labels: set soft_labels to false and "
                 "ties to drop or resample, or use another loss, such as sigmoid"
             )
+        if self.loss_type == "sppo_soft" and not self.soft_labels:
+            raise PrefoptError("loss_type 'sppo_soft' needs soft_labels: true")
 
 
 class OnlineDPOTrainer(RoundTrainer):

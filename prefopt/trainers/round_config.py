@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from prefopt.data.rows import parse_prompt, validate
 from prefopt.data.template import check_tokenizer
 from prefopt.data.tokenize import TokenizedPrompts, tokenize_prompts
 from prefopt.errors import PrefoptError
-from prefopt.rounds.pairing import PairingSettings
+from prefopt.rollout.engine import SamplingSettings
+from prefopt.rounds.pairing import PairingSettings, check_samples
 from prefopt.trainers.base import TreeTrainerConfig
 
+# keys of transformers that samples of later rounds depend on
+OPTIMISATION = {
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "num_train_epochs",
+    "optim",
+    "seed",
+    "train_sampling_strategy",
+    "warmup_steps",
+    "weight_decay",
+}
+NOT_IN_FACTS = {"rounds_dir", "log_probs_dir", "generation_batch_size"}
 CHOICES = {
     "initial_policy": ("previous", "initial"),
     "reference": ("initial", "previous"),
@@ -90,8 +108,15 @@ class RoundConfig(TreeTrainerConfig):
         for name in ("prompts_per_shard", "generation_batch_size"):
             if getattr(self, name) < 1:
                 raise PrefoptError(f"{name}: found {getattr(self, name)}, expected at least 1")
-        if self.redraws < 0 or self.num_train_epochs <= 0:
-            raise PrefoptError("expected redraws of 0 or more and num_train_epochs above 0")
+        if self.redraws < 0:
+            raise PrefoptError(f"redraws: found {self.redraws}, expected 0 or more")
+        if self.num_train_epochs <= 0:
+            raise PrefoptError(f"num_train_epochs: found {self.num_train_epochs}, expected above 0")
+        if self.save_strategy == "best":
+            raise PrefoptError(
+                "save_strategy: found best, of which rounds know nothing; expected epoch (after "
+                "every round), steps or no"
+            )
         self.pairing_settings()
         self.ignore_data_skip = True  # where a run stands follows from its step and its rounds
         super().__post_init__()
@@ -99,6 +124,37 @@ class RoundConfig(TreeTrainerConfig):
     def pairing_settings(self) -> PairingSettings:
         """The keys on pairing, together."""
         return PairingSettings(self.pairing, self.length_penalty, self.ties, self.soft_labels)
+
+
+def settings_of(args: RoundConfig) -> dict[str, str]:
+    """The keys that later rounds depend on, as text."""
+    own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
+    names = sorted((own - NOT_IN_FACTS) | OPTIMISATION)
+    return {name: str(getattr(args, name)) for name in names}
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """The same text for the same values in every process; sets have no order of their own."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else str(value)
+
+    return json.dumps(values, sort_keys=True, default=plain)
+
+
+def check_sampling(pairing: PairingSettings, sampling: Sequence[SamplingSettings]) -> None:
+    """Checks that samples drawn like this can be paired.
+
+    Raises:
+        PrefoptError: There are too few, or all of a part would be the same.
+    """
+    check_samples(pairing, sum(part.samples_per_prompt for part in sampling))
+    for part in sampling:
+        if part.temperature == 0 and part.samples_per_prompt > 1:
+            raise PrefoptError(
+                f"rollout.temperature: found 0 (greedy) for {part.samples_per_prompt} samples of a "
+                "prompt, which would all be the same and make no pair; set it above 0"
+            )
 
 
 def prompt_rows(
@@ -130,22 +186,36 @@ def prompt_rows(
 def prompt_limit(
     max_prompt_length: int | None, max_length: int | None, max_new_tokens: int
 ) -> int | None:
-    """The longest prompt, in tokens, that leaves room for a completion; None is no limit."""
+    """The longest prompt, in tokens, that leaves room for a completion; None is no limit.
+
+    Raises:
+        PrefoptError: There is no room for any.
+    """
     room = None if max_length is None else max_length - max_new_tokens
+    if room is not None and room < 1:
+        raise PrefoptError(
+            f"data.max_length: found {max_length}, which leaves no room for a prompt beside "
+            f"rollout.max_new_tokens={max_new_tokens}; raise the one or lower the other"
+        )
     return min((n for n in (max_prompt_length, room) if n is not None), default=None)
 
 
 def schedule(args: RoundConfig, steps: int) -> Callable[[float], float]:
     """transformers' schedule over so many steps: from a step to the share of the peak rate.
 
+    A warm-up begins one step further on than transformers', whose first step has a rate of 0: in a
+    round of few steps that would be much, and in a round of one all of it.
+
     Raises:
         PrefoptError: The schedule asked for depends on more than the step.
     """
+    warmup = args.get_warmup_steps(steps)
+    skipped = min(warmup, 1)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1)], lr=1.0),
-        args.get_warmup_steps(steps),
-        steps,
+        warmup,
+        steps + skipped,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
     if not isinstance(scheduler, LambdaLR):
@@ -153,4 +223,5 @@ def schedule(args: RoundConfig, steps: int) -> Callable[[float], float]:
             f"lr_scheduler_type: {args.lr_scheduler_type} depends on more than the step; use "
             "cosine, linear, constant or another that does not"
         )
-    return scheduler.lr_lambdas[0]
+    share_of_peak = scheduler.lr_lambdas[0]
+    return lambda step: share_of_peak(step + skipped)

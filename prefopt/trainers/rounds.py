@@ -8,12 +8,13 @@ a policy older than the last step.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 
 from prefopt.data.tokenize import TokenizedPrompts
@@ -33,8 +34,7 @@ from prefopt.judge import Judge
 from prefopt.rollout.engine import Completion, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.collect import Collector, collect_round, read_round, sampled_trees
-from prefopt.rounds.pairing import check_samples
-from prefopt.rounds.plan import plan_rounds
+from prefopt.rounds.plan import plan_rounds, row_order
 from prefopt.rounds.storage import atomic_write, remove_partial
 from prefopt.rounds.store import read_lines, round_folder
 from prefopt.rounds.weights import load_trainable, save_trainable, weights_of
@@ -45,7 +45,14 @@ from prefopt.trainers.reference import (
     shared_fingerprint,
     stored_log_probs,
 )
-from prefopt.trainers.round_config import RoundConfig, prompt_rows, schedule
+from prefopt.trainers.round_config import (
+    RoundConfig,
+    as_json,
+    check_sampling,
+    prompt_rows,
+    schedule,
+    settings_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +120,10 @@ class RoundTrainer(TreeTrainer):
         parts = [sampling] if isinstance(sampling, SamplingSettings) else sampling
         self.sampling = list(parts or [SamplingSettings(samples_per_prompt=2)])
         self.samples_per_prompt = sum(part.samples_per_prompt for part in self.sampling)
+        args = copy.copy(args)  # max_steps is this run's, not the caller's
         schedule(args, 1)  # refuses a schedule that needs more than the step
         self.pairing = args.pairing_settings()
-        check_samples(self.pairing, self.samples_per_prompt)
+        check_sampling(self.pairing, self.sampling)
         longest = max(part.max_new_tokens for part in self.sampling)
         self.prompts = prompt_rows(args, train_dataset, processing_class, longest)
         self.plan = plan_rounds(
@@ -132,8 +140,13 @@ class RoundTrainer(TreeTrainer):
         args.max_steps = min(planned, args.max_steps) if args.max_steps > 0 else planned
         self.fingerprint = shared_fingerprint(model)  # before an adapter or a checkpoint
         super().__init__(model, args, self.prompts, processing_class=processing_class, **kwargs)
-        if self.is_deepspeed_enabled and args.optimizer_state == "fresh":
-            raise PrefoptError("optimizer_state=fresh: DeepSpeed keeps its own; use continue")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            found = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise PrefoptError(
+                f"{type(self).__name__}: found {found}, but rounds need whole weights, and an "
+                "optimiser they can begin afresh, in every process; use DDP, with a LoRA adapter "
+                "where memory is short"
+            )
         self.rounds_dir = Path(args.rounds_dir or Path(args.output_dir) / "rounds")
         engine = engine or TransformersEngine(
             self.model, processing_class, batch_size=args.generation_batch_size
@@ -149,27 +162,19 @@ class RoundTrainer(TreeTrainer):
             seed=args.seed,
         )
         self.current: OpenRound | None = None
+        self.facts = self._facts(kwargs.get("peft_config"))
         self.add_callback(_AfterRound(self))
 
     # --- the loop --------------------------------------------------------------------------------
 
     def before_training(self, resumed: bool) -> None:
         """Checks that the rounds on disk are this run's, and keeps the initial weights."""
-        self.current, self.pairs, self.layout_chosen = None, [], False
-        facts = {
-            "weights": self.fingerprint,
-            "prompts": self.prompts.fingerprint,
-            "sampling": [asdict(part) for part in self.sampling],
-            "pairing": asdict(self.pairing),
-            "redraws": self.args.redraws,
-            "prompts_per_shard": self.args.prompts_per_shard,
-            "seed": self.args.seed,
-            "rounds": [len(planned.prompts) for planned in self.plan],
-        }
+        self.current, self.layout_chosen = None, False
+        self.pairs: list[int] = []  # of each round so far
         path, main = self.rounds_dir / "start.json", self.accelerator.is_main_process
         if path.exists():
             found = json.loads(path.read_text())
-            different = [name for name, value in facts.items() if found.get(name) != value]
+            different = [name for name, value in self.facts.items() if found.get(name) != value]
             if different:
                 raise PrefoptError(
                     f"{self.rounds_dir}: these rounds were begun with other {', '.join(different)};"
@@ -177,7 +182,8 @@ class RoundTrainer(TreeTrainer):
                 )
         if main:
             remove_partial(self.rounds_dir)
-        if main and self._uses_initial_weights and not self._initial_weights.exists():
+        begun = path.exists() and self._initial_weights.exists()
+        if main and self._uses_initial_weights and not begun:
             if resumed:
                 raise PrefoptError(
                     f"{self._initial_weights}: the weights this run began with are gone; restore "
@@ -185,13 +191,15 @@ class RoundTrainer(TreeTrainer):
                 )
             save_trainable(self.accelerator.unwrap_model(self.model_wrapped), self._initial_weights)
         if main and not path.exists():
-            atomic_write(path, json.dumps(facts, indent=2) + "\n")
+            atomic_write(path, json.dumps(self.facts, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
     def get_train_dataloader(self) -> DataLoader:
         """Counts micro-batches; what is in them is decided when a step begins."""
         micro_batches = self.args.max_steps * self.args.gradient_accumulation_steps
-        return DataLoader(range(micro_batches), batch_size=1)
+        # its own generator: an iterator that drew from the global one would move dropout's noise
+        counted = TensorDataset(torch.arange(micro_batches))
+        return DataLoader(counted, batch_size=1, generator=torch.Generator())
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -203,6 +211,8 @@ class RoundTrainer(TreeTrainer):
             index, start = (0, 0) if last is None else (last.index + 1, last.end)
             if index == len(self.plan):  # the last rounds gave no pairs
                 self.control.should_training_stop = True
+                if step == 0:
+                    logger.warning("no round gave a pair to train on: the policy is as it was")
                 return [], None
             self.current = self._open(index, start)
             self._set_learning_rate()
@@ -233,7 +243,8 @@ class RoundTrainer(TreeTrainer):
         """Brings a round to disk and, unless it is past, makes data and model ready for it."""
         args, folder = self.args, round_folder(self.rounds_dir, index)
         begins = self.state.global_step == start
-        if not begins and not (folder / "round.json").exists():
+        files = [folder / name for name in ("round.json", "pairs.jsonl")]
+        if not begins and not all(path.exists() for path in files):
             raise PrefoptError(
                 f"{folder}: this round is gone but its training has begun; restore the folder, or "
                 "delete the checkpoints to begin again"
@@ -250,7 +261,13 @@ class RoundTrainer(TreeTrainer):
         self.pairs.append(report["pairs"])
         window = range(0 if args.data_window == "all_so_far" else index, index + 1)
         rows = sum(self.pairs[k] for k in window)
-        opened = OpenRound(index, start, self._steps(rows), self._order(index, rows))
+        order = row_order(
+            rows,
+            passes=args.num_train_epochs,
+            shuffle=args.train_sampling_strategy == "random",
+            seed=(args.seed, index),
+        )
+        opened = OpenRound(index, start, self._steps(rows), order)
         kl: dict[str, float] = {}
         if self.state.global_step < opened.end:
             self.dataset = self._dataset(index, window, moved=not begins)
@@ -274,7 +291,7 @@ class RoundTrainer(TreeTrainer):
             self.layout_chosen = True
         labels = [p for collected in rounds.values() for p in collected.p_chosen]
         columns: dict[str, Sequence[Any]] = {}
-        if any(p != 1.0 for p in labels):
+        if self.args.soft_labels or any(p != 1.0 for p in labels):
             columns["p_chosen"] = labels
         policy = self.accelerator.unwrap_model(self.model_wrapped)
         for name in self.frozen:
@@ -300,7 +317,10 @@ class RoundTrainer(TreeTrainer):
         if not trees or not self._uses_initial_weights:
             return {}
         policy = self.accelerator.unwrap_model(self.model_wrapped)
-        weights = {"policy": nullcontext(), "initial": weights_of(policy, self._initial_weights)}
+        weights: dict[str, AbstractContextManager[Any]] = {
+            "policy": nullcontext(),
+            "initial": weights_of(policy, self._initial_weights),
+        }
         own, initial = (
             stored_log_probs(
                 self, trees, folder / "log_probs" / f"kl-{name}", weights=context, moved=False
@@ -320,17 +340,6 @@ class RoundTrainer(TreeTrainer):
     def _steps(self, rows: int) -> int:
         """Optimiser steps over so many pairs, all passes together."""
         return math.ceil(math.ceil(rows * self.args.num_train_epochs) / self.global_batch)
-
-    def _order(self, index: int, rows: int) -> np.ndarray:
-        """Row numbers of all passes of a round, each pass shuffled by a seed of its own."""
-        epochs = self.args.num_train_epochs
-        passes = [np.arange(rows) for _ in range(math.ceil(epochs))]
-        if self.args.train_sampling_strategy == "random":
-            passes = [
-                np.random.default_rng((self.args.seed, index, number)).permutation(rows)
-                for number in range(len(passes))
-            ]
-        return np.concatenate(passes)[: math.ceil(rows * epochs)]
 
     def _announce(self, opened: OpenRound, rows: int, facts: dict[str, Any]) -> None:
         """Says and logs what a round begins with."""
@@ -372,7 +381,8 @@ class RoundTrainer(TreeTrainer):
     ) -> LRScheduler:
         """The schedule asked for, over every round by itself or over all of them."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._share_of_peak)
+            scheduler = LambdaLR(optimizer or self.optimizer, self._share_of_peak)
+            self.lr_scheduler: LRScheduler | None = scheduler
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -382,20 +392,20 @@ class RoundTrainer(TreeTrainer):
         Where one schedule spans all rounds, a round takes the part that was planned for it, though
         it may have fewer steps than planned for want of pairs.
         """
-        current = self.current
+        current, args = self.current, self.args
         if current is None or current.steps == 0:
             return 1.0
         within = min(step - current.start, current.steps)
-        if self.args.optimizer_state == "fresh":
-            return schedule(self.args, current.steps)(within)
+        if args.optimizer_state == "fresh":
+            return schedule(args, current.steps)(within)
         before = sum(self.planned_steps[: current.index])
         share = within / current.steps * self.planned_steps[current.index]
-        return schedule(self.args, sum(self.planned_steps))(before + share)
+        return schedule(args, min(sum(self.planned_steps), args.max_steps))(before + share)
 
     def _set_learning_rate(self) -> None:
         """Sets the rate of the step to come, which was not known when the last one ended."""
         scheduler = self.lr_scheduler
-        if self._created_lr_scheduler:
+        if scheduler is not None and self._created_lr_scheduler:
             share = self._share_of_peak(self.state.global_step)
             rates = [rate * share for rate in scheduler.base_lrs]
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -412,6 +422,22 @@ class RoundTrainer(TreeTrainer):
     def _uses_initial_weights(self) -> bool:
         reference = "reference" in self.frozen and self.args.reference == "initial"
         return len(self.plan) > 1 and (reference or self.args.initial_policy == "initial")
+
+    def _facts(self, peft_config: Any) -> dict[str, Any]:
+        """What the rounds on disk depend on; those of a run that differs are not this run's."""
+        judge = getattr(self.collector.judge, "model", None)  # a rule has none
+        return {
+            "weights": self.fingerprint,
+            "adapter": None if peft_config is None else as_json(peft_config.to_dict()),
+            "judge": type(self.collector.judge).__name__,
+            "judge's weights": None if judge is None else shared_fingerprint(judge),
+            "prompts": self.prompts.fingerprint,
+            "sampling": [asdict(part) for part in self.sampling],
+            "rounds": [len(planned.prompts) for planned in self.plan],
+            "global_batch": self.global_batch,
+            "precision": str(self.compute_dtype),
+            **settings_of(self.args),
+        }
 
     def _planned_pairs(self) -> list[int]:
         """The pairs of every round's data if there are no ties."""

@@ -25,6 +25,8 @@ from prefopt.world.grammar import (
 )
 from prefopt.world.tokenizer import MAX_LENGTH, world_tokenizer
 
+VERSION = 2  # of grammar, vocabulary and rule: worlds of another one are not mixed with this one's
+
 
 @dataclass(frozen=True)
 class WorldPaths:
@@ -72,6 +74,7 @@ def build_world(
     """
     directory = Path(directory)
     arguments: dict[str, Any] = {
+        "version": VERSION,
         "seed": seed,
         "sft_rows": sft_rows,
         "preference_rows": preference_rows,
@@ -80,7 +83,7 @@ def build_world(
     }
     if not _is_written(directory, arguments):
         with atomic_directory(directory) as partial:
-            _write(_paths(partial), **arguments)
+            _write(_paths(partial), **{k: v for k, v in arguments.items() if k != "version"})
             (partial / "world.json").write_text(json.dumps(arguments) + "\n")
     return _paths(directory)
 

@@ -258,6 +258,15 @@ def test_inpo_with_tau_eta_is_anchored_to_the_reference_alone(play: Play) -> Non
     assert found == pytest.approx(exact, abs=TOLERANCE)
 
 
+def test_inpo_with_hard_labels_plays_the_game_of_certain_winners(play: Play) -> None:
+    certain = np.where(CYCLE == 0.5, 0.5, (CYCLE > 0.5).astype(float))
+    found, _ = play(INPOTrainer, MatrixJudge(CYCLE), tau=0.1, **INPO | {"soft_labels": False})
+    exact = first(4, policies(Game(certain, MU, beta=0.1), "inpo", eta=0.5))
+    assert found == pytest.approx(exact, abs=TOLERANCE)
+    soft = first(4, policies(Game(CYCLE, MU, beta=0.1), "inpo", eta=0.5))
+    assert np.abs(exact - soft).max() > 6 * TOLERANCE, "which is another game"
+
+
 def exchanged(policy: Any, reference: Any, previous: Any, p: Tensor) -> Tensor:
     return inpo_loss(*policy, *previous, *reference, eta=0.5, tau=0.1, p_chosen=p)
 

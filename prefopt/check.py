@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt.data.report import data_report
+from prefopt.errors import PrefoptError
 from prefopt.train import (
+    check_judge,
     load_rows,
     make_config,
     prompts_of_rounds,
@@ -25,11 +27,11 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
 
     Returns:
         ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
-        :func:`prefopt.data.report.data_report`; and ``rounds``, the prompts of each round, of an
-        algorithm that samples.
+        :func:`prefopt.data.report.data_report`; of an algorithm that samples also ``rounds``, the
+        prompts of each round, and ``judge``, what is wrong with the judge, if anything is.
 
     Raises:
-        PrefoptError: As training on it would.
+        PrefoptError: As training on it would, but for a judge that is not there yet.
     """
     recipe = read_recipe(recipe_path, overrides)
     args = make_config(recipe)
@@ -41,6 +43,10 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     }
     if rounds := prompts_of_rounds(args, rows):
         result["rounds"] = rounds
+        try:
+            check_judge(recipe)
+        except PrefoptError as error:  # it may be trained after the recipe is written
+            result["judge"] = str(error)
     if rows.evaluation is not None:
         result["evaluation"] = data_report(rows.evaluation, tokenizer)
     return result
@@ -56,6 +62,8 @@ def print_check(result: dict[str, Any]) -> None:
         rounds, samples = result["rounds"], result["recipe"]["rollout"]["samples_per_prompt"]
         each = " to ".join(f"{n:,}" for n in sorted({min(rounds), max(rounds)}))
         console.print(f"{len(rounds):,} rounds of {each} prompts, {samples} samples each")
+    if "judge" in result:
+        console.print(f"[yellow]the judge cannot be loaded yet:[/yellow] {result['judge']}")
     example = result["train"]["example"]
     loss = "" if "prompt" in example else " (loss on the green text)"
     console.print(f"\n[bold]example[/bold] {example['where']}{loss}")

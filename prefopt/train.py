@@ -165,13 +165,7 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         Source(str(data.path), split=data.split, name=data.name, revision=data.revision)
     ]
     algorithm = recipe.trainer.algorithm
-    prompts_only = in_rounds(algorithm)
-    if recipe.judge is not None and prompts_only:
-        try:  # a judge that is not there is found before all else
-            load_tokenizer(recipe.judge.path)
-        except PrefoptError as error:
-            raise PrefoptError(f"judge.path: {error}") from error
-    demonstrations = algorithm == "sft"
+    prompts_only, demonstrations = in_rounds(algorithm), algorithm == "sft"
     parse: Callable[..., Any] = parse_pair
     if demonstrations or prompts_only:
         parse = parse_demonstrations if demonstrations else parse_prompt_row
@@ -201,9 +195,23 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         if count:
             logger.warning("rows left out: %d (%s)", count, reason.replace("_", " "))
     if prompts_only and held_out:
-        logger.info("held out of training: %d prompts", len(held_out))
+        distinct = {json.dumps(item.prompt, sort_keys=True) for item in held_out}
+        logger.info("held out of training: %d prompts", len(distinct))
         held_out = []
     return Rows(train_rows, tokenize(held_out) if held_out else None, invalid)
+
+
+def check_judge(recipe: Recipe) -> None:
+    """Finds out whether the judge of an algorithm that samples is there, by its tokenizer.
+
+    Raises:
+        PrefoptError: It is not.
+    """
+    if recipe.judge is not None and in_rounds(recipe.trainer.algorithm):
+        try:
+            load_tokenizer(recipe.judge.path)
+        except PrefoptError as error:
+            raise PrefoptError(f"judge.path: {error}") from error
 
 
 def prompts_of_rounds(args: Any, rows: Rows) -> list[int]:
@@ -293,6 +301,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if summary.exists():
         logger.info("%s is complete", folder)
         return json.loads(summary.read_text())
+    check_judge(recipe)  # before data are read and models are loaded
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer)
     prompts_of_rounds(args, rows)

@@ -154,7 +154,8 @@ class PreferenceModel:
         """P(a beats b), the mean over both orders, float64 [n]; swapping gives exactly 1 minus it.
 
         Raises:
-            PrefoptError: A prompt holds a stop token, or a comparison exceeds the context.
+            PrefoptError: A prompt holds a stop token, or a comparison is longer than the model's
+                table of positions.
         """
         return position_average(*self._first_wins(prompts, a, b))
 
@@ -213,7 +214,7 @@ class PreferenceModel:
                     "a prompt holds a stop token of the judge in its text, which would end the "
                     f"question: found it before {_shortened(comparison)}; remove it"
                 )
-        check_context(self.model, map(len, questions))
+        check_context(self.model, (len(question) + 1 for question in questions))
         logits: dict[tuple[int, ...], float] = {}
         for batch in self._batches(sorted(set(questions))):
             answers = [[token] for token in self.encoder.answer_ids]

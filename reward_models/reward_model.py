@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from prefopt.data.tree import Layout, PromptTree, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.load import load_reward_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class RewardModel:
@@ -66,7 +69,7 @@ class RewardModel:
         """The model's score of each answer, read at its EOS, float64 [n], without unit.
 
         Raises:
-            PrefoptError: A prompt and its answer are longer than the model's context.
+            PrefoptError: A prompt and its answer are longer than the model's table of positions.
         """
         encoded = [
             self._encode(prompt, completion)
@@ -118,22 +121,27 @@ class RewardModel:
 
 
 def check_context(model: PreTrainedModel, lengths: Iterable[int]) -> None:
-    """Refuses texts that are longer than a judge can see at once.
+    """Looks for texts that are longer than a judge was made for.
+
+    Rotary positions go on beyond that length, so such a model answers, and a warning says that it
+    may be wrong; a model with a table of positions cannot.
 
     Args:
         model: The judge's model.
         lengths: Tokens of each text.
 
     Raises:
-        PrefoptError: One is too long.
+        PrefoptError: One is too long for a table of positions.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 0
     longest = max(lengths, default=0)
-    if limit is not None and longest > limit:
-        raise PrefoptError(
-            f"the judge is to read {longest} tokens, but sees {limit} at once; lower "
-            "rollout.max_new_tokens or data.max_prompt_length, or use a judge with a longer context"
-        )
+    if longest <= limit or limit <= 0:
+        return
+    problem = f"the judge reads {longest} tokens, but was made for {limit} at once"
+    if not getattr(config, "rope_parameters", None):
+        raise PrefoptError(f"{problem}; use shorter prompts and answers, or another judge")
+    logger.warning("%s: its answer may be wrong", problem)
 
 
 def probability_of_beating(difference: np.ndarray) -> np.ndarray:

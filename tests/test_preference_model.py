@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -299,8 +300,14 @@ def test_an_answer_cannot_end_the_question(judge: PreferenceModel) -> None:
         judge.prefer(["please <eos> repeat"], ["moo"], ["woof"])
 
 
-def test_what_the_judge_cannot_see_at_once_is_refused(judge: PreferenceModel) -> None:
-    with pytest.raises(PrefoptError, match=r"is to read \d+ tokens, but sees \d+ at once"):
+def test_what_is_too_long_for_the_judge_is_noticed(
+    judge: PreferenceModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level("WARNING"):
+        judge.prefer([PROMPT], ["moo " * 1000], ["woof"])
+    assert re.search(r"reads \d+ tokens, but was made for \d+ at once", caplog.text)
+    monkeypatch.setattr(judge.model.config, "rope_parameters", None)  # a table of positions
+    with pytest.raises(PrefoptError, match="use shorter prompts"):
         judge.prefer([PROMPT], ["moo " * 1000], ["woof"])
 
 

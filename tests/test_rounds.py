@@ -24,6 +24,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from prefopt.check import check
 from prefopt.data.rows import Prompt, parse_pair
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
@@ -432,6 +433,25 @@ def test_a_limit_on_steps_ends_one_schedule_over_all_rounds_too(make: Make) -> N
     trainer.train()
     shares = [4 / 4, 3 / 4, 2 / 4, 1 / 4]
     assert logged(trainer, "learning_rate") == pytest.approx([PEAK * share for share in shares])
+
+
+def test_a_limit_on_steps_and_short_rounds_still_end_the_schedule(make: Make) -> None:
+    plan = plan_rounds(12, rounds=2, prompts_per_round=None, seed=SEED)
+    undecided = [PROMPTS[i] for i in plan[0].prompts[:3]]
+    options = {"optimizer_state": "continue", "lr_scheduler_type": "linear", "max_steps": 4}
+    trainer = make(judge=TiesOn(undecided), **options)
+    trainer.train()
+    shares = [4 / 4, 3 / 4, 2 / 4, 1 / 4]
+    assert logged(trainer, "learning_rate") == pytest.approx([PEAK * share for share in shares])
+
+
+def test_a_least_rate_is_an_absolute_one(make: Make) -> None:
+    kwargs = {"lr_end": PEAK / 5}
+    trainer = make(lr_scheduler_type="polynomial", lr_scheduler_kwargs=kwargs, rounds=1)
+    trainer.train()
+    rates = logged(trainer, "learning_rate")
+    steps = len(rates)
+    assert rates[-1] == pytest.approx(PEAK / 5 + (PEAK - PEAK / 5) / steps)
 
 
 def test_the_callers_arguments_stay_as_they_are(make: Make) -> None:
@@ -869,6 +889,19 @@ def test_a_recipe_mixes_temperatures(recipe: Path, tmp_path: Path) -> None:
 def test_a_recipe_in_rounds_needs_a_judge(recipe: Path) -> None:
     with pytest.raises(PrefoptError, match="needs a section judge"):
         train(read_recipe(recipe, ["trainer.algorithm=online_dpo", "judge=null"]))
+
+
+def test_check_tells_of_rounds_and_of_a_judge_that_is_not_there_yet(recipe: Path) -> None:
+    options = ["trainer.algorithm=online_dpo"]
+    found = check(recipe, options)
+    assert (sum(found["rounds"]), len(found["rounds"]), "judge" in found) == (16, 2, False)
+    assert found["train"]["example"]["where"].endswith(".jsonl:1"), "the place of the row"
+    missing = check(recipe, [*options, "judge.path=nowhere"])
+    assert missing["judge"].startswith("judge.path: ")
+    with pytest.raises(PrefoptError, match=r"judge.path: .*nowhere"):
+        train(read_recipe(recipe, [*options, "judge.path=nowhere"]))
+    with pytest.raises(PrefoptError, match="rounds: found 1000, but there are 16 prompts"):
+        check(recipe, [*options, "trainer.rounds=1000"])
 
 
 def test_a_recipe_asks_for_enough_samples(recipe: Path) -> None:

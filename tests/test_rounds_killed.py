@@ -253,7 +253,7 @@ def test_log_probs_of_the_initial_policy_are_made_again(
         ({"learning_rate": 1e-3}, "learning_rate"),
         ({"gradient_accumulation_steps": 4}, "global_batch"),
         ({"prompts_per_shard": 3}, "prompts_per_shard"),
-        ({"rounds": 3}, "rounds"),
+        ({"rounds": 3}, "plan"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -33,9 +33,9 @@ def data_report(
 
         - ``rows``: how many can be trained on; ``invalid`` and ``dropped``: how many cannot, by
           reason;
-        - ``tokens``: for ``prompt``, and ``chosen`` and ``rejected`` or ``completion``, the
-          lengths ``p5``, ``p50``, ``p95`` (which that share of the rows does not exceed) and
-          ``max``;
+        - ``tokens``: for ``prompt``, and ``chosen`` and ``rejected``, ``completion`` or
+          ``answer``, the lengths ``p5``, ``p50``, ``p95`` (which that share of the rows does not
+          exceed) and ``max``;
         - ``chosen_longer``: the share of pairs whose chosen answer has more tokens (pairs only;
           without a length bias it is about 0.5);
         - ``duplicates``: rows with the tokens of an earlier row elsewhere; the copies that a

@@ -219,7 +219,7 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str
     before = None
     while text != before:  # what is taken out may have stood inside another
         before = text
-        for spelling in spellings:
+        for spelling in sorted(spellings - {""}, key=lambda s: (-len(s), s)):
             text = text.replace(spelling, "")
     return text
 

@@ -165,11 +165,12 @@ def judge_samples(
     settings: PairingSettings,
     keys: Sequence[str],
 ) -> list[Judgement]:
-    """Asks a judge what a pairing needs to know; one call a question over all prompts.
+    """Asks a judge what a pairing needs to know, in as few calls as there are questions.
 
-    ``best_worst`` and ``best_random`` take one ``score`` call, and one ``prefer`` call with soft
-    labels; ``independent`` takes one ``prefer`` call; a tournament one a stage, 3 for K = 8, and
-    with soft labels one more where best and worst have not met.
+    ``best_worst`` and ``best_random`` take one ``score`` call (one more where a prompt occurs
+    twice), and one ``prefer`` call with soft labels; ``independent`` takes one ``prefer`` call; a
+    tournament one a stage, 3 for K = 8, and with soft labels one more where best and worst have
+    not met.
 
     Args:
         judge: The judge.

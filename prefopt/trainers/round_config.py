@@ -25,15 +25,18 @@ OPTIMISATION = {
     "adam_beta2",
     "adam_epsilon",
     "learning_rate",
+    "lr_scheduler_kwargs",
     "lr_scheduler_type",
     "max_grad_norm",
     "num_train_epochs",
     "optim",
+    "optim_args",
     "seed",
     "train_sampling_strategy",
     "warmup_steps",
     "weight_decay",
 }
+ELSEWHERE = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
 NOT_IN_FACTS = {"rounds_dir", "log_probs_dir", "generation_batch_size"}
 CHOICES = {
     "initial_policy": ("previous", "initial"),
@@ -130,16 +133,20 @@ def settings_of(args: RoundConfig) -> dict[str, str]:
     """The keys that later rounds depend on, as text."""
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
     names = sorted((own - NOT_IN_FACTS) | OPTIMISATION)
+    if args.optimizer_state == "continue":  # the whole schedule depends on its length
+        names.append("max_steps")
     return {name: str(getattr(args, name)) for name in names}
 
 
-def as_json(values: dict[str, Any]) -> str:
-    """The same text for the same values in every process; sets have no order of their own."""
+def adapter_facts(peft_config: Any) -> str:
+    """What an adapter is, as the same text in every process; sets have no order of their own."""
 
     def plain(value: Any) -> Any:
         return sorted(value) if isinstance(value, set) else str(value)
 
-    return json.dumps(values, sort_keys=True, default=plain)
+    # where the base model lies says nothing, its weights are compared
+    told = {k: v for k, v in peft_config.to_dict().items() if v is not None and k not in ELSEWHERE}
+    return json.dumps(told, sort_keys=True, default=plain)
 
 
 def check_sampling(pairing: PairingSettings, sampling: Sequence[SamplingSettings]) -> None:
@@ -213,7 +220,7 @@ def schedule(args: RoundConfig, steps: int) -> Callable[[float], float]:
     skipped = min(warmup, 1)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
-        torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate or 1.0),  # lr_end is absolute
         warmup,
         steps + skipped,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,

@@ -47,7 +47,7 @@ from prefopt.trainers.reference import (
 )
 from prefopt.trainers.round_config import (
     RoundConfig,
-    as_json,
+    adapter_facts,
     check_sampling,
     prompt_rows,
     schedule,
@@ -390,7 +390,8 @@ class RoundTrainer(TreeTrainer):
         """The learning rate of a step as a share of its peak.
 
         Where one schedule spans all rounds, a round takes the part that was planned for it, though
-        it may have fewer steps than planned for want of pairs.
+        it may have fewer steps than planned for want of pairs; unless ``max_steps`` ends the run
+        before, which the schedule then follows step by step.
         """
         current, args = self.current, self.args
         if current is None or current.steps == 0:
@@ -398,9 +399,12 @@ class RoundTrainer(TreeTrainer):
         within = min(step - current.start, current.steps)
         if args.optimizer_state == "fresh":
             return schedule(args, current.steps)(within)
+        planned = sum(self.planned_steps)
+        if args.max_steps < planned:
+            return schedule(args, args.max_steps)(min(step, args.max_steps))
         before = sum(self.planned_steps[: current.index])
         share = within / current.steps * self.planned_steps[current.index]
-        return schedule(args, min(sum(self.planned_steps), args.max_steps))(before + share)
+        return schedule(args, planned)(before + share)
 
     def _set_learning_rate(self) -> None:
         """Sets the rate of the step to come, which was not known when the last one ended."""
@@ -425,15 +429,17 @@ class RoundTrainer(TreeTrainer):
 
     def _facts(self, peft_config: Any) -> dict[str, Any]:
         """What the rounds on disk depend on; those of a run that differs are not this run's."""
-        judge = getattr(self.collector.judge, "model", None)  # a rule has none
+        judge = self.collector.judge
+        model = getattr(judge, "model", None)  # a rule has none
+        rule = getattr(getattr(judge, "function", None), "__qualname__", None)
         return {
             "weights": self.fingerprint,
-            "adapter": None if peft_config is None else as_json(peft_config.to_dict()),
-            "judge": type(self.collector.judge).__name__,
-            "judge's weights": None if judge is None else shared_fingerprint(judge),
+            "adapter": None if peft_config is None else adapter_facts(peft_config),
+            "judge": " ".join(filter(None, (type(judge).__name__, rule))),
+            "judge's weights": shared_fingerprint(model) if isinstance(model, nn.Module) else None,
             "prompts": self.prompts.fingerprint,
             "sampling": [asdict(part) for part in self.sampling],
-            "rounds": [len(planned.prompts) for planned in self.plan],
+            "plan": [len(planned.prompts) for planned in self.plan],
             "global_batch": self.global_batch,
             "precision": str(self.compute_dtype),
             **settings_of(self.args),

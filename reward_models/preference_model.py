@@ -30,7 +30,11 @@ from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.load import load_policy, load_tokenizer
 from prefopt.models.logprobs import sequence_log_probs
-from prefopt.reward_models.reward_model import check_context, probability_of_beating
+from prefopt.reward_models.reward_model import (
+    check_context,
+    probability_of_beating,
+    within_budget,
+)
 
 ANSWERS = ("A", "B")
 Comparison = tuple[Prompt, str, str]
@@ -216,7 +220,10 @@ class PreferenceModel:
                 )
         check_context(self.model, (len(question) + 1 for question in questions))
         logits: dict[tuple[int, ...], float] = {}
-        for batch in self._batches(sorted(set(questions))):
+        size = len(ANSWERS)  # tokens that the tree adds to its question
+        for batch in within_budget(
+            sorted(set(questions)), lambda question: len(question) + size, self.batch_tokens
+        ):
             answers = [[token] for token in self.encoder.answer_ids]
             trees = collate_trees([PromptTree(q, answers) for q in batch], layout=self.layout)
             with torch.no_grad():
@@ -226,19 +233,6 @@ class PreferenceModel:
             logits.update(zip(batch, differences.tolist(), strict=True))
         p = probability_of_beating(np.array([logits[question] for question in questions]))
         return p[: len(forth)], p[len(forth) :]
-
-    def _batches(self, questions: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Questions, longest first, in batches within the token budget."""
-        batches: list[list[tuple[int, ...]]] = []
-        used = self.batch_tokens
-        for question in sorted(questions, key=lambda q: -len(q)):
-            size = len(question) + len(ANSWERS)
-            if used + size > self.batch_tokens:
-                batches.append([])
-                used = 0
-            batches[-1].append(question)
-            used += size
-        return batches
 
 
 def position_average(forth: np.ndarray, back: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.load import load_reward_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class RewardModel:
@@ -109,15 +111,26 @@ class RewardModel:
             for prompt, answers in groups.items()
             for i in range(0, len(answers), self.tree_size)
         ]
-        batches: list[list[PromptTree]] = []
-        used = self.batch_tokens
-        for tree in sorted(trees, key=lambda t: -t.num_tokens):
-            if used + tree.num_tokens > self.batch_tokens:
-                batches.append([])
-                used = 0
-            batches[-1].append(tree)
-            used += tree.num_tokens
-        return batches
+        return within_budget(trees, lambda tree: tree.num_tokens, self.batch_tokens)
+
+
+def within_budget(items: Iterable[T], size: Callable[[T], int], batch_tokens: int) -> list[list[T]]:
+    """Items, longest first, in batches of at most so many tokens; a longer one stands alone.
+
+    Args:
+        items: What is to be judged, in an order that decides between equal sizes.
+        size: Tokens of an item.
+        batch_tokens: The budget of a batch.
+    """
+    batches: list[list[T]] = []
+    used = batch_tokens
+    for item in sorted(items, key=lambda x: -size(x)):
+        if used + size(item) > batch_tokens:
+            batches.append([])
+            used = 0
+        batches[-1].append(item)
+        used += size(item)
+    return batches
 
 
 def check_context(model: PreTrainedModel, lengths: Iterable[int]) -> None:

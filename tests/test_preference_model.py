@@ -29,6 +29,7 @@ from prefopt.judge import Judge
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.reward_models import PreferenceModel, RewardModel, load_judge
 from prefopt.reward_models.preference_model import (
+    ANSWERS,
     ComparisonEncoder,
     comparison_prompt,
     position_average,
@@ -40,6 +41,7 @@ from prefopt.reward_models.preference_trainer import (
     comparison_dataset,
     tokenize_comparisons,
 )
+from prefopt.reward_models.reward_model import within_budget
 from prefopt.trainers.base import TreeDataset, last_complete_checkpoint
 from prefopt.world.tokenizer import world_tokenizer, world_words
 
@@ -255,9 +257,9 @@ def test_each_comparison_is_read_once(judge: PreferenceModel, monkeypatch) -> No
     assert sum(read) == 3  # (moo, woof), (woof, moo), (moo, moo)
 
 
-def test_long_comparisons_come_first(judge: PreferenceModel) -> None:
-    judge.batch_tokens = 20
-    batches = judge._batches([(1,) * n for n in (3, 9, 5, 30, 1)])
+def test_long_comparisons_come_first() -> None:
+    questions = [(1,) * n for n in (3, 9, 5, 30, 1)]
+    batches = within_budget(questions, lambda q: len(q) + len(ANSWERS), 20)
     assert [[len(q) for q in batch] for batch in batches] == [[30], [9, 5], [3, 1]]
 
 

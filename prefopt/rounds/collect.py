@@ -78,12 +78,10 @@ class CollectedRound:
     Attributes:
         trees: One tree of (chosen, rejected) a pair.
         p_chosen: The pairs' labels.
-        report: Counts and means of the round, as in ``round.json``.
     """
 
     trees: list[PromptTree]
     p_chosen: list[float]
-    report: dict[str, Any]
 
 
 def collect_round(
@@ -108,7 +106,7 @@ def collect_round(
         Seconds this process spent, ``time/generate`` and ``time/judge``.
     """
     seconds = {"time/generate": 0.0, "time/judge": 0.0}
-    if (folder / "round.json").exists() and (folder / "pairs.jsonl").exists():
+    if is_collected(folder):
         return seconds
     rollouts: dict[int, list[Sample]] = {}
     judgements: dict[int, Judgement] = {}
@@ -135,6 +133,11 @@ def collect_round(
         write_lines(folder / "round.json", [report])
     state.wait_for_everyone()
     return seconds
+
+
+def is_collected(folder: Path) -> bool:
+    """Whether a round's pairs are on disk, with the report that is written last."""
+    return (folder / "round.json").exists() and (folder / "pairs.jsonl").exists()
 
 
 def _draw(
@@ -191,7 +194,6 @@ def read_round(folder: Path, planned: PlannedRound, prompts: TokenizedPrompts) -
         PrefoptError: A file is missing or cannot be read.
     """
     rows = read_lines(folder / "pairs.jsonl")
-    (report,) = read_lines(folder / "round.json")
     trees = [
         PromptTree(
             prompts.prompt_ids[planned.prompts[row["position"]]],
@@ -199,7 +201,7 @@ def read_round(folder: Path, planned: PlannedRound, prompts: TokenizedPrompts) -
         )
         for row in rows
     ]
-    return CollectedRound(trees, [row["p_chosen"] for row in rows], report)
+    return CollectedRound(trees, [row["p_chosen"] for row in rows])
 
 
 def sampled_trees(

@@ -33,7 +33,13 @@ from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
 from prefopt.rollout.engine import Completion, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
-from prefopt.rounds.collect import Collector, collect_round, read_round, sampled_trees
+from prefopt.rounds.collect import (
+    Collector,
+    collect_round,
+    is_collected,
+    read_round,
+    sampled_trees,
+)
 from prefopt.rounds.plan import plan_rounds, row_order
 from prefopt.rounds.storage import atomic_write, remove_partial
 from prefopt.rounds.store import read_lines, round_folder
@@ -243,8 +249,7 @@ class RoundTrainer(TreeTrainer):
         """Brings a round to disk and, unless it is past, makes data and model ready for it."""
         args, folder = self.args, round_folder(self.rounds_dir, index)
         begins = self.state.global_step == start
-        files = [folder / name for name in ("round.json", "pairs.jsonl")]
-        if not begins and not all(path.exists() for path in files):
+        if not begins and not is_collected(folder):
             raise PrefoptError(
                 f"{folder}: this round is gone but its training has begun; restore the folder, or "
                 "delete the checkpoints to begin again"

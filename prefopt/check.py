@@ -36,7 +36,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     recipe = read_recipe(recipe_path, overrides)
     args = make_config(recipe)
     tokenizer = recipe_tokenizer(recipe)
-    rows = load_rows(recipe, tokenizer)
+    rows = load_rows(recipe, tokenizer, args)
     result: dict[str, Any] = {
         "recipe": recipe.resolved(),
         "train": data_report(rows.train, tokenizer, invalid=rows.invalid),

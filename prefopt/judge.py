@@ -17,6 +17,9 @@ class Judge(Protocol):
     A judge keeps its own tokenizer and chat template; prompts and completions reach it as text.
     Batch size, order and padding never change an answer. A judge that cannot answer one of the two
     questions raises ``PrefoptError`` saying so.
+
+    A judge may have a class attribute ``compares_only``: True says that its scores mean something
+    among the samples of one prompt only, such as a mean win rate. Where it is absent it is False.
     """
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:

@@ -17,14 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prefopt.data.rows import parse_demonstrations, parse_pair, parse_prompt_row, validate
+from prefopt.data.rows import parse_demonstrations, parse_pair, validate
 from prefopt.data.sources import Source, read_rows, read_sources
 from prefopt.data.template import check_tokenizer, stop_token_ids
 from prefopt.data.tokenize import (
     Tokenized,
     tokenize_demonstrations,
     tokenize_pairs,
-    tokenize_prompts,
 )
 from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
@@ -40,13 +39,13 @@ from prefopt.reward_models.preference_trainer import (
 )
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
 from prefopt.rollout.engine import SamplingSettings
-from prefopt.rounds.plan import plan_rounds
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
 from prefopt.trainers.base import TreeTrainerConfig, last_complete_checkpoint
 from prefopt.trainers.pairs import pair_dataset
-from prefopt.trainers.round_config import RoundConfig, check_sampling, prompt_limit
+from prefopt.trainers.round_config import RoundConfig
+from prefopt.trainers.round_rows import parser_of, tokenize_rows
 from prefopt.trainers.rounds import RoundTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +56,8 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Trainer]]] = {
     "reward_model": (RewardModelConfig, RewardModelTrainer),
     "preference_model": (PreferenceModelConfig, PreferenceModelTrainer),
 }
+
+COMPARE_ONLY = {"preference_model"}  # kinds of judges whose scores are relative
 
 # what a judge is worth on held-out rows
 JUDGE_REPORTS: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -154,8 +155,13 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     )
 
 
-def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, args: Any) -> Rows:
     """Reads, validates and tokenises the data of a recipe; no model is needed.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The policy's.
+        args: The trainer's arguments, from :func:`make_config`.
 
     Raises:
         PrefoptError: A source cannot be read, a row is wrong, or no row is short enough.
@@ -165,10 +171,10 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         Source(str(data.path), split=data.split, name=data.name, revision=data.revision)
     ]
     algorithm = recipe.trainer.algorithm
-    prompts_only, demonstrations = in_rounds(algorithm), algorithm == "sft"
-    parse: Callable[..., Any] = parse_pair
-    if demonstrations or prompts_only:
-        parse = parse_demonstrations if demonstrations else parse_prompt_row
+    demonstrations = algorithm == "sft"
+    parse: Callable[..., Any] = parse_demonstrations if demonstrations else parse_pair
+    if isinstance(args, RoundConfig):
+        parse = parser_of(args)
 
     def parsed(located: Any) -> tuple[list[Any], dict[str, int]]:
         items, problems = validate(located, parse, invalid=data.invalid_rows)
@@ -189,12 +195,12 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rows:
         invalid = {k: invalid.get(k, 0) + more.get(k, 0) for k in invalid | more}
     items = items[: data.max_rows]
     check_tokenizer(tokenizer, conversational=not isinstance(items[0].prompt, str))
-    tokenize = tokenizer_of_rows(recipe, tokenizer)
+    tokenize = tokenizer_of_rows(recipe, tokenizer, args)
     train_rows = tokenize(items)
     for reason, count in {**invalid, **vars(train_rows.dropped)}.items():
         if count:
             logger.warning("rows left out: %d (%s)", count, reason.replace("_", " "))
-    if prompts_only and held_out:
+    if in_rounds(algorithm) and held_out:
         distinct = {json.dumps(item.prompt, sort_keys=True) for item in held_out}
         logger.info("held out of training: %d prompts", len(distinct))
         held_out = []
@@ -207,7 +213,8 @@ def check_judge(recipe: Recipe) -> None:
     Raises:
         PrefoptError: It is not.
     """
-    if recipe.judge is not None and in_rounds(recipe.trainer.algorithm):
+    config, _ = ALGORITHMS[recipe.trainer.algorithm]
+    if recipe.judge is not None and getattr(config, "asks", None):
         try:
             load_tokenizer(recipe.judge.path)
         except PrefoptError as error:
@@ -222,26 +229,18 @@ def prompts_of_rounds(args: Any, rows: Rows) -> list[int]:
     """
     if not isinstance(args, RoundConfig):
         return []
-    plan = plan_rounds(
-        len(rows.train),
-        rounds=args.rounds,
-        prompts_per_round=args.prompts_per_round,
-        seed=args.seed,
-    )
-    return [len(planned.prompts) for planned in plan]
+    return [len(planned.prompts) for planned in args.plan(len(rows.train))]
 
 
 def tokenizer_of_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> Callable[[list[Any]], Any]:
     """What makes token ids of the parsed rows of a recipe, within its limits on lengths."""
     data, algorithm = recipe.data, recipe.trainer.algorithm
     limits = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
-    if in_rounds(algorithm):
-        limit = prompt_limit(**limits, max_new_tokens=recipe.rollout.max_new_tokens)
-        return partial(
-            tokenize_prompts, tokenizer=tokenizer, max_prompt_length=limit, distinct=True
-        )
+    if isinstance(args, RoundConfig):
+        longest = recipe.rollout.max_new_tokens
+        return partial(tokenize_rows, args=args, tokenizer=tokenizer, max_new_tokens=longest)
     by_algorithm: dict[str, Callable[..., Any]] = {
         "sft": tokenize_demonstrations,
         "preference_model": tokenize_comparisons,
@@ -251,7 +250,7 @@ def tokenizer_of_rows(
 
 
 def in_rounds(algorithm: str) -> bool:
-    """Whether an algorithm samples: it then needs prompts, a judge and the rollout section."""
+    """Whether an algorithm samples, as the rollout section says."""
     return issubclass(ALGORITHMS[algorithm][0], RoundConfig)
 
 
@@ -303,7 +302,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return json.loads(summary.read_text())
     check_judge(recipe)  # before data are read and models are loaded
     tokenizer = recipe_tokenizer(recipe)
-    rows = load_rows(recipe, tokenizer)
+    rows = load_rows(recipe, tokenizer, args)
     prompts_of_rounds(args, rows)
     if main:
         open_run(recipe, {"rows": rows.train.fingerprint, "processes": args.world_size})
@@ -372,14 +371,25 @@ def make_config(recipe: Recipe) -> Any:
         args = config_class(**settings)
     except (TypeError, ValueError, ImportError, OSError) as error:  # how it refuses values
         raise PrefoptError(f"trainer: {error}") from error
-    if in_rounds(recipe.trainer.algorithm):
-        if recipe.judge is None:
-            raise PrefoptError(
-                f"{recipe.trainer.algorithm} has its samples judged: the recipe needs a section "
-                "judge, such as judge: {kind: reward_model, path: runs/reward_model/final}"
-            )
-        check_sampling(args.pairing_settings(), sampling_of(recipe))
+    if isinstance(args, RoundConfig):
+        _check_judge_section(recipe, args)
+        args.check_sampling(sampling_of(recipe))
     return args
+
+
+def _check_judge_section(recipe: Recipe, args: RoundConfig) -> None:
+    algorithm = recipe.trainer.algorithm
+    if args.asks and recipe.judge is None:
+        raise PrefoptError(
+            f"{algorithm} has its samples judged: the recipe needs a section judge, such as "
+            "judge: {kind: reward_model, path: runs/reward_model/final}"
+        )
+    if args.asks == "score" and recipe.judge is not None and recipe.judge.kind in COMPARE_ONLY:
+        raise PrefoptError(
+            f"judge.kind: found {recipe.judge.kind}, which only compares answers to one prompt, "
+            f"but {algorithm} needs a score of each by itself; use judge.kind reward_model, or an "
+            "algorithm that compares (online_dpo, inpo, nash_mp)"
+        )
 
 
 def make_trainer(
@@ -397,9 +407,10 @@ def make_trainer(
         "preference_model": comparison_dataset,
     }.get(algorithm, pair_dataset)
     more: dict[str, Any] = {}
-    if recipe.judge is not None and in_rounds(algorithm):
-        judge = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
-        more = {"judge": judge, "sampling": sampling_of(recipe)}
+    if isinstance(args, RoundConfig):
+        more = {"sampling": sampling_of(recipe)}
+        if args.asks and recipe.judge is not None:
+            more["judge"] = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
     model = _load_model(recipe, tokenizer)

@@ -115,6 +115,8 @@ class PreferenceModel:
         batch_tokens: Tokens a forward pass takes at most (one comparison may exceed it).
     """
 
+    compares_only = True
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -35,6 +35,8 @@ class RewardModel:
         tree_size: Completions of one prompt that share a tree at most.
     """
 
+    compares_only = False
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -21,6 +21,8 @@ class RuleJudge:
             completion.
     """
 
+    compares_only = False
+
     def __init__(self, function: RewardFunction) -> None:
         self.function = function
 

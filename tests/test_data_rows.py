@@ -17,6 +17,7 @@ from prefopt.data.rows import (
     Demonstration,
     Message,
     PreferencePair,
+    parse_answer,
     parse_demonstrations,
     parse_pair,
     parse_prompt,
@@ -324,6 +325,68 @@ def test_bad_demonstration(row: dict, field: str, kind: str) -> None:
     assert caught.value.problem.startswith(kind)
 
 
+@pytest.mark.parametrize("column", ["chosen", "completion", "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_offline_answer_has_every_layout_of_chosen_in_any_column(
+    layout: str, column: str
+) -> None:
+    row, expected = LAYOUTS[layout]
+    row = {key: row[key] for key in ("prompt", "chosen") if key in row}
+    row[column] = row.pop("chosen")
+    before = json.dumps(row)
+    answer = Demonstration(expected.prompt, expected.chosen, WHERE)
+    assert parse_answer(row, WHERE, column) == answer
+    assert parse_answer({**row, "rejected": None, "score": 1}, WHERE, column) == answer
+    assert json.dumps(row) == before
+
+
+def test_the_offline_answer_stands_beside_a_pair() -> None:
+    row = {"prompt": TALK, "chosen": "no", "rejected": "never", "reference": A}
+    assert parse_answer(row, WHERE, "reference") == Demonstration(TALK, [assistant(A)], WHERE)
+
+
+@pytest.mark.parametrize("after", [[], [user("Thanks")]])
+def test_the_offline_answer_of_a_conversation_is_its_last(after: list[Message]) -> None:
+    turns = [*TALK, assistant(A), *after]
+    row = {"prompt": "ignored", "messages": turns}
+    assert parse_answer(row, WHERE, "messages") == Demonstration(TALK, [assistant(A)], WHERE)
+    assert len(turns) == 5 + len(after)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "problem"),
+    [
+        (
+            {"prompt": Q, "chosen": A},
+            "reference",
+            "missing column: found the columns prompt, chosen; expected offline answers in "
+            "'reference'; name the column that holds them in trainer.reset_column",
+        ),
+        ({"messages": TALK}, "chosen", "missing column: found the columns messages; expected off"),
+        ({"prompt": Q}, "messages", "missing column: found the columns prompt; expected offline"),
+        ({}, "chosen", "missing column: found the columns none"),
+        ({"prompt": Q, "reference": None}, "reference", "wrong type: found null"),
+        ({"prompt": Q, "reference": " "}, "reference", "empty completion: found whitespace"),
+        ({"reference": A}, "reference", "no prompt: found a plain string and no 'prompt' column"),
+        ({"prompt": TALK, "summary": [user(A)]}, "summary", "not an assistant message"),
+        ({"prompt": "?", "chosen": [user(Q), assistant(A)]}, "chosen", "different prompts"),
+        ({"messages": None}, "messages", "wrong type: found null"),
+        ({"messages": [user(Q)]}, "messages", "no assistant turn"),
+        ({"messages": [assistant(A)]}, "messages", "roles do not alternate"),
+        ({"messages": [user(" "), assistant(A)]}, "messages", "empty prompt: message 1 (user)"),
+        ({"messages": [user(Q), assistant("\n")]}, "messages", "empty completion"),
+    ],
+)
+def test_bad_offline_answer_names_row_column_and_problem(
+    row: dict, column: str, problem: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_answer(row, WHERE, column)
+    assert (caught.value.where, caught.value.field) == (WHERE, column)
+    assert caught.value.problem.startswith(problem)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -442,10 +505,12 @@ def test_every_shared_set_parses(folder: str) -> None:
 def test_examples_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         if "chosen" in row:
             assert "2" in str(parse_pair(row, WHERE).chosen)
+        elif "summary" in row:
+            assert parse_answer(row, WHERE, "summary").completion == " It is 2."
         else:
             assert len(parse_demonstrations(row, WHERE)) == 1
         parse_prompt(row, WHERE)

@@ -17,8 +17,13 @@ from prefopt.data.sources import Source, read_rows, read_sources
 from prefopt.data.template import encode_completion, encode_prompt
 from prefopt.data.tokenize import (
     DropCounts,
+    PromptedAnswers,
+    PromptedPairs,
     Ragged,
+    TokenizedDemonstrations,
     TokenizedPairs,
+    TokenizedPrompts,
+    occurrences,
     tokenize_demonstrations,
     tokenize_pairs,
     tokenize_prompts,
@@ -190,6 +195,53 @@ def test_prompts_wanted_once_keep_their_first_place() -> None:
     assert tokenized.dropped == DropCounts(duplicate=1)
 
 
+DEMONSTRATIONS = [Demonstration(p.prompt, p.chosen, p.where) for p in PAIRS]
+
+
+def test_pairs_keep_the_text_of_their_prompts() -> None:
+    tokenizer = byte_tokenizer()
+    pairs = [PAIRS[0], pair(Q, "same", "same"), pair("Hi " * 90, "a", "b"), PAIRS[1]]
+    limits = {"max_prompt_length": 90, "max_length": None}
+    kept = tokenize_pairs(pairs, tokenizer, **limits, keep_prompts=True)
+    assert isinstance(kept, PromptedPairs)
+    assert isinstance(kept, TokenizedPrompts)
+    assert kept.prompt == [PAIRS[0].prompt, PAIRS[1].prompt]
+    without = tokenize_pairs(pairs, tokenizer, **limits)
+    assert kept.dropped == without.dropped == DropCounts(identical=1, prompt_too_long=1)
+    assert list(kept) == [
+        {**item, "prompt": source.prompt} for item, source in zip(without, PAIRS, strict=True)
+    ]
+
+
+def test_answers_keep_the_text_of_their_prompts() -> None:
+    tokenizer = byte_tokenizer()
+    items = [DEMONSTRATIONS[0], Demonstration(Q, "so <|im_end|> it"), DEMONSTRATIONS[1]]
+    kept = tokenize_demonstrations(items, tokenizer, **NO_LIMIT, keep_prompts=True)
+    assert isinstance(kept, PromptedAnswers)
+    assert isinstance(kept, TokenizedPrompts)
+    without = tokenize_demonstrations(items, tokenizer, **NO_LIMIT)
+    assert kept.dropped == without.dropped == DropCounts(stop_token_inside=1)
+    assert list(kept) == [
+        {**item, "prompt": source.prompt}
+        for item, source in zip(without, DEMONSTRATIONS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen_ids", "rejected_ids", "p_chosen"])
+def test_fingerprint_covers_the_text_and_the_pair(column: str) -> None:
+    kept = [tokenize_pairs(PAIRS, byte_tokenizer(), **NO_LIMIT, keep_prompts=True) for _ in "ab"]
+    assert kept[0].fingerprint == kept[1].fingerprint
+    changed = {"prompt": ["other"] * 2, "p_chosen": [0.5] * 2}.get(column, Ragged([[1], [2]]))
+    setattr(kept[1], column, changed)
+    assert kept[0].fingerprint != kept[1].fingerprint
+
+
+def test_occurrences_number_the_rows_of_a_prompt() -> None:
+    rows = [[1, 2], [1], [1, 2], [2, 1], [], [1, 2], [1], []]
+    assert occurrences(Ragged(rows)) == [0, 0, 1, 0, 0, 2, 1, 1]
+    assert occurrences(Ragged()) == []
+
+
 def pairs_of_lengths(lengths: list[tuple[int, int, int]], where: list[str]) -> TokenizedPairs:
     tokenized = TokenizedPairs()
     for (prompt, chosen, rejected), place in zip(lengths, where, strict=True):
@@ -253,6 +305,24 @@ def test_report_of_demonstrations() -> None:
     assert set(report["tokens"]) == {"prompt", "completion"}
     assert "chosen_longer" not in report
     assert report["example"]["completion"][1] == {"text": "It is 2.<|im_end|>", "loss": True}
+
+
+def test_report_does_not_depend_on_kept_prompts() -> None:
+    tokenizer = byte_tokenizer()
+    pairs = [
+        tokenize_pairs(PAIRS, tokenizer, **NO_LIMIT, keep_prompts=keep) for keep in (False, True)
+    ]
+    report = data_report(pairs[1], tokenizer)
+    assert report == data_report(pairs[0], tokenizer)
+    assert "chosen_longer" in report
+    json.dumps(report)
+    answers: list[TokenizedDemonstrations] = [
+        tokenize_demonstrations(DEMONSTRATIONS, tokenizer, **NO_LIMIT, keep_prompts=keep)
+        for keep in (False, True)
+    ]
+    report = data_report(answers[1], tokenizer)
+    assert report == data_report(answers[0], tokenizer)
+    assert set(report["tokens"]) == {"prompt", "completion"}
 
 
 @needs_hh

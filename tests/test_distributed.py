@@ -75,8 +75,8 @@ def ddp():
             forwards[0] += 1
             return self.model(trees=trees)
 
-    def counted(shards, trees, model, **kwargs):
-        fill_shards(shards, trees, Counted(model), **kwargs)
+    def counted(shards, trees, model, read, **kwargs):
+        fill_shards(shards, trees, Counted(model), read, **kwargs)
 
     LogProbShards.write = noted
     reference.fill_shards = counted
@@ -144,7 +144,7 @@ def fsdp():
     store = LogProbShards(folder / "fsdp", [len(t.completions) for t in trees], 6)
     missing = store.missing()
     dist.barrier()
-    fill_shards(store, trees, model, missing=missing, layout=layout, batch_size=3, rank=rank,
+    fill_shards(store, trees, model, sequence_log_probs, missing=missing, layout=layout, batch_size=3, rank=rank,
                 world_size=2)
     dist.barrier()
     stored = max((a - b).abs().max().item() for a, b in zip(store.load(), before, strict=True))

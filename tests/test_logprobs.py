@@ -7,14 +7,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefopt.data.tree import collate_trees
+from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.models import logprobs
 from prefopt.models.forward import enable_trees, logit_transform
-from prefopt.models.logprobs import LogitTransform, sequence_log_probs, token_log_probs
+from prefopt.models.logprobs import (
+    LogitTransform,
+    sequence_log_probs,
+    token_log_probs,
+    token_log_probs_of,
+)
 
 TOKENS, HIDDEN = 7, 5
 TRANSFORMS = {
@@ -22,6 +28,8 @@ TRANSFORMS = {
     "scaled": LogitTransform(scale=0.3),
     "capped": LogitTransform(softcap=1.5),
     "both": LogitTransform(scale=2.0, softcap=3.0),
+    "hot": LogitTransform(temperature=1.7),
+    "all": LogitTransform(scale=2.0, softcap=3.0, temperature=0.6),
 }
 
 
@@ -47,6 +55,7 @@ def expected(
     logits = nn.functional.linear(h, w, b) * transform.scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    logits = logits / transform.temperature
     log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     (log_probs * weights.double()).sum().backward()
     grads = {"hidden": h.grad, "weight": w.grad} | ({} if b is None else {"bias": b.grad})
@@ -237,6 +246,76 @@ def test_a_model_never_holds_logits_of_a_batch(
         sequence_log_probs(model, batch).sum().backward()
     assert len(batch.targets) > 50
     assert largest.elements == 8 * vocabulary  # the head's own gradient; a chunk is half of it
+
+
+def test_a_temperature_by_hand() -> None:
+    """Logits ln 4 and 0: probabilities 4/5 and 1/5, at temperature 2 two thirds and one third."""
+    head = nn.Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[4.0], [1.0]]).log()
+    hidden, targets = torch.ones(2, 1), torch.tensor([0, 1])
+    for temperature, probs in ((1.0, [4 / 5, 1 / 5]), (2.0, [2 / 3, 1 / 3])):
+        transform = LogitTransform(temperature=temperature)
+        log_probs = token_log_probs(hidden, targets, head, transform)
+        assert log_probs.exp().tolist() == pytest.approx(probs)
+
+
+@pytest.mark.parametrize("layout", ["tree", "separate"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
+def test_a_models_tokens_at_a_temperature_are_those_of_its_plain_forward(
+    temperature, layout, tiny_llama, random_trees
+) -> None:
+    model, trees = tiny_llama(sharpness=2.0), random_trees([2, 1, 3])
+    enable_trees(model)
+    found = token_log_probs_of(model, collate_trees(trees, layout=layout), temperature)
+    assert found.dtype == torch.float32
+    rows = [(tree.prompt, answer) for tree in trees for answer in tree.completions]
+    for (prompt, answer), ours in zip(rows, found.split([len(a) for _, a in rows]), strict=True):
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        theirs = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+        assert torch.allclose(ours, theirs[:, 0], atol=1e-4)
+
+
+def test_sequences_are_sums_of_their_tokens(tiny_llama, random_trees) -> None:
+    model, batch = tiny_llama(), collate_trees(random_trees([2, 1, 3]))
+    enable_trees(model)
+    for temperature in (1.0, 0.7):
+        tokens = token_log_probs_of(model, batch, temperature)
+        sums = sequence_log_probs(model, batch, temperature)
+        by_hand = [part.sum() for part in tokens.split(batch.lengths.tolist())]
+        assert torch.allclose(sums, torch.stack(by_hand), atol=1e-4)
+
+
+def test_a_soft_cap_comes_before_the_temperature() -> None:
+    """With cap 1, logits lie within 1 of 0: at temperature 1/2 two tokens differ by 4 at most."""
+    head = nn.Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[1000.0], [-1000.0]])
+    transform = LogitTransform(softcap=1.0, temperature=0.5)
+    targets = torch.tensor([0, 1])
+    log_probs = token_log_probs(torch.ones(2, 1), targets, head, transform)
+    assert (log_probs[0] - log_probs[1]).item() == pytest.approx(4.0)
+
+
+def test_temperature_one_changes_no_bit(tiny_llama, random_trees) -> None:
+    batch = collate_trees(random_trees([2, 3]))
+    answers = []
+    for options in ({}, {"temperature": 1.0}):
+        model = tiny_llama(final_logit_softcapping=5.0)
+        enable_trees(model)
+        log_probs = model(trees=batch, **options)["log_probs"]
+        log_probs.sum().backward()
+        answers.append([log_probs, *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *answers))
+
+
+def test_the_temperature_reaches_a_model_inside_peft(tiny_llama) -> None:
+    plain, model = tiny_llama(), tiny_llama()
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    enable_trees(plain)
+    enable_trees(wrapped)
+    batch = collate_trees([PromptTree([5, 6], [[7, 8, 9], [10]])])
+    hot = sequence_log_probs(wrapped, batch, 3.0)
+    assert torch.allclose(hot, sequence_log_probs(plain, batch, 3.0))
+    assert not torch.allclose(hot, sequence_log_probs(plain, batch), atol=0.1)
 
 
 def test_chunks_shrink_with_the_vocabulary_and_never_vanish() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
+from prefopt.models.forward import enable_trees
+from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rollout import Completion, SamplingSettings
 from prefopt.rollout.engine import make_completion, sample_key, uniforms
 from prefopt.rollout.hf_engine import TransformersEngine, draw_tokens
@@ -288,6 +292,48 @@ def test_stop_ids_of_tokenizer_and_model_add_up_and_given_ones_replace_them() ->
     for endless, ended in zip(chain(*free), chain(*stopped), strict=True):
         first = min((i for i, t in enumerate(endless.token_ids) if t in (7, 8)), default=29)
         assert ended.token_ids == endless.token_ids[: first + 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "neox", "gpt2"])
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [
+        ({}, 1.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": 1.6, "top_k": 5, "top_p": 0.8}, 1.6),
+        ({"temperature": 0}, 1.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_log_probs_of_samples_are_those_of_the_trainer_at_the_samplers_temperature(
+    family, options, temperature, batch_size
+) -> None:
+    model = make_model(family).eval()
+    options = options | {"samples_per_prompt": 4, "max_new_tokens": 20, "batch_size": batch_size}
+    drawn = sample(model, stop_token_ids=[EOS, 0, 21], **options)
+    assert len({len(completion.token_ids) for completion in chain(*drawn)}) > 1
+    assert {completion.finish_reason for completion in chain(*drawn)} == {"stop", "length"}
+    enable_trees(model)
+    trees = [PromptTree(p, of_prompt) for p, of_prompt in zip(PROMPTS, ids(drawn), strict=True)]
+    expected = sequence_log_probs(model, collate_trees(trees, layout="separate"), temperature)
+    found = torch.tensor([completion.log_prob for completion in chain(*drawn)])
+    assert (found < -0.1).any()
+    assert torch.allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_log_probs_are_summed_up_to_the_stop_token() -> None:
+    tokenizer, log_probs = make_tokenizer(), [-0.5, -0.25, -2.0, -16.0]
+    assert make_completion([5, 6, EOS, 7], [EOS], tokenizer, log_probs).log_prob == -2.75
+    assert make_completion([5, 6, 8, 7], [EOS], tokenizer, log_probs).log_prob == -18.75
+    assert math.isnan(make_completion([5, 6, EOS, 7], [EOS], tokenizer).log_prob)
+
+
+def test_completions_are_compared_by_what_they_say() -> None:
+    """Batches change a log-prob by rounding, and NaN is not even itself."""
+    first, second = (Completion([5], "w5", "length", x) for x in (-1.0, -1.000001))
+    assert first == second == Completion([5], "w5", "length", float("nan"))
+    assert first != Completion([6], "w6", "length", -1.0)
 
 
 def test_a_batch_ends_when_all_its_completions_have_ended() -> None:

@@ -47,7 +47,7 @@ from prefopt.errors import PrefoptError
 from prefopt.models.load import load_reward_model
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
-from prefopt.rounds.store import read_lines
+from prefopt.rounds.store import read_lines, read_rollouts
 from prefopt.trainers.base import last_complete_checkpoint
 from prefopt.trainers.rounds import RoundTrainer
 from prefopt.world import build_world
@@ -488,6 +488,10 @@ def test_two_processes_sample_and_train_as_one_does(tmp_path: Path) -> None:
         assert losses[algorithm] == pytest.approx(logged(trainer, "loss"), rel=1e-4)
         one, two = (contents(tmp_path / n / algorithm / "rounds") for n in ("one", "two"))
         assert one.keys() == two.keys()
-        sampled = [name for name in one if name.endswith((".jsonl", ".parquet", "round.json"))]
-        assert len(sampled) >= 2 * (9 + 2), "five shards of samples and five of judgements"
-        assert {name: one[name] for name in sampled} == {name: two[name] for name in sampled}
+        lines = [name for name in one if name.endswith((".jsonl", "round.json"))]
+        rollouts = [name for name in one if name.endswith(".parquet")]
+        assert len(lines + rollouts) >= 2 * (9 + 2), "five shards of samples and of judgements"
+        assert {name: one[name] for name in lines} == {name: two[name] for name in lines}
+        for name in rollouts:  # all but the log-probs, which differ by rounding like the losses
+            both = [tmp_path / n / algorithm / "rounds" / name for n in ("one", "two")]
+            assert read_rollouts(both[0]) == read_rollouts(both[1])

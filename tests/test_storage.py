@@ -114,7 +114,7 @@ def store(folder: Path, trees: list[PromptTree], size: int = 3) -> LogProbShards
 
 def fill(shards: LogProbShards, trees: list[PromptTree], model: nn.Module, **kwargs: Any) -> None:
     kwargs = {"layout": "tree", "batch_size": 2, "missing": shards.missing()} | kwargs
-    fill_shards(shards, trees, model, **kwargs)
+    fill_shards(shards, trees, model, sequence_log_probs, **kwargs)
 
 
 def alone(model: nn.Module, trees: list[PromptTree]) -> list[torch.Tensor]:

@@ -24,7 +24,8 @@ def data_report(
     """Describes a tokenised data set.
 
     Args:
-        tokenized: Pairs, comparisons, demonstrations or prompts.
+        tokenized: Pairs, comparisons, demonstrations or prompts; the text of prompts kept beside
+            pairs or answers is not looked at.
         tokenizer: The tokenizer that made them.
         invalid: Bad rows by kind, as `prefopt.data.rows.validate` counts them.
 

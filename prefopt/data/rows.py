@@ -58,7 +58,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """An answer to imitate: a string after a string, or one assistant message after messages."""
+    """An offline answer: a string after a string, or one assistant message after messages."""
 
     prompt: Prompt
     completion: Completion
@@ -153,6 +153,41 @@ def parse_demonstrations(row: Row, where: str) -> list[Demonstration]:
     return demonstrations
 
 
+def parse_answer(row: Row, where: str, column: str) -> Demonstration:
+    """Reads the prompt and the one offline answer to it that a column holds.
+
+    Beside ``prompt``, or with the prompt in it, the column may have every layout that `parse_pair`
+    reads in ``chosen``. In ``messages``, a whole conversation, the answer is the last assistant
+    message and the prompt is what precedes it; what follows is left out.
+
+    Args:
+        row: The row's columns; others than ``column`` and ``prompt`` are ignored.
+        where: The row's place, for error messages.
+        column: Such as "chosen", "completion", "reference" or "messages".
+
+    Raises:
+        DataError: If the column holds no such answer; the problem begins with its kind and a colon.
+
+    >>> row = {"prompt": "POST: I lost my dog. TL;DR:", "summary": " Dog lost."}
+    >>> parse_answer(row, "tldr.jsonl:1", "summary").completion
+    ' Dog lost.'
+    """
+    here = (where, column)
+    if column not in row:
+        remedy = "name the column that holds them in trainer.reset_column"
+        raise _missing(row, here, f"offline answers in {column!r}; {remedy}")
+    if column != "messages":
+        return Demonstration(*_split(row, column, where), where)
+    turns = _conversation(row, here)
+    _require_assistant(turns, here)
+    while turns[-1]["role"] != "assistant":
+        turns.pop()
+    prompt, completion = _cut(turns, here)
+    _check_prompt(prompt, here)
+    _check_completion(completion, here)
+    return Demonstration(prompt, completion, where)
+
+
 def parse_prompt(row: Row, where: str) -> Prompt:
     """Reads the prompt to answer, whatever kind of row it stands in.
 
@@ -199,7 +234,7 @@ def validate(
 
     Args:
         rows: (where, row), as `prefopt.data.sources.read_rows` yields them.
-        parse: `parse_pair`, `parse_demonstrations` or `parse_prompt`.
+        parse: `parse_pair`, `parse_demonstrations` or another function of a row and its place.
         invalid: What a bad row does: stop ("error") or be left out and counted ("drop").
 
     Returns:
@@ -401,12 +436,13 @@ def _number(row: Row, field: str, where: str, *, default: float) -> float:
     return float(value)
 
 
-def _missing(row: Row, here: _Here) -> DataError:
+def _missing(row: Row, here: _Here, expected: str = "") -> DataError:
     layouts = {
         "completion": "prompt and completion, or messages",
         "messages": "messages, or prompt (and completion, if it is to be imitated)",
     }
-    expected = layouts.get(here[1], "chosen and rejected, and prompt unless they contain it")
+    pair = "chosen and rejected, and prompt unless they contain it"
+    expected = expected or layouts.get(here[1], pair)
     columns = ", ".join(map(str, row)) or "none"
     return _bad(here, "missing column", f"found the columns {columns}; expected {expected}")
 

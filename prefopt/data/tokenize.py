@@ -7,6 +7,7 @@ and worker processes forked from this one share them.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -154,12 +155,40 @@ class TokenizedPrompts(Tokenized):
     prompt: list[Prompt] = field(default_factory=list)
 
 
+@dataclass
+class PromptedPairs(TokenizedPairs, TokenizedPrompts):
+    """Preference pairs whose prompts are answered anew, too."""
+
+
+@dataclass
+class PromptedAnswers(TokenizedDemonstrations, TokenizedPrompts):
+    """Offline answers to prompts that are answered anew, too."""
+
+
+def occurrences(prompt_ids: Ragged) -> list[int]:
+    """For each row, how many rows before it have the same ids.
+
+    Samples are a function of the prompt and of their number, so this tells equal prompts apart.
+
+    >>> occurrences(Ragged([[5, 6], [7], [5, 6], [5, 6]]))
+    [0, 0, 1, 2]
+    """
+    seen: Counter[bytes] = Counter()
+    counts = []
+    for ids in prompt_ids:
+        key = xxhash.xxh3_128_digest(array("i", ids).tobytes())
+        counts.append(seen[key])
+        seen[key] += 1
+    return counts
+
+
 def tokenize_pairs(
     pairs: Iterable[PreferencePair],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None,
     max_length: int | None,
+    keep_prompts: bool = False,
 ) -> TokenizedPairs:
     """Tokenises preference pairs; what is too long is left out whole, never cut.
 
@@ -169,11 +198,12 @@ def tokenize_pairs(
         max_prompt_length: The most tokens a prompt may have; None is no limit.
         max_length: The most tokens a prompt and either of its answers may have together; None is
             no limit.
+        keep_prompts: Whether to return `PromptedPairs`, with the prompts' text for a judge.
 
     Raises:
         PrefoptError: If nothing is left, or the chat template cannot encode a pair.
     """
-    kept = TokenizedPairs()
+    kept = PromptedPairs() if keep_prompts else TokenizedPairs()
     limits = _Limits(tokenizer, max_prompt_length, max_length, kept.dropped)
     items = ((pair, pair.where, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs)
     for pair, prompt_ids, (chosen_ids, rejected_ids) in _encode(items, tokenizer):
@@ -188,6 +218,8 @@ def tokenize_pairs(
         kept.p_chosen.append(pair.p_chosen)
         kept.margin.append(pair.margin)
         kept.where.append(pair.where)
+        if isinstance(kept, PromptedPairs):
+            kept.prompt.append(pair.prompt)
     limits.check_some_left(len(kept))
     return kept
 
@@ -198,9 +230,13 @@ def tokenize_demonstrations(
     *,
     max_prompt_length: int | None,
     max_length: int | None,
+    keep_prompts: bool = False,
 ) -> TokenizedDemonstrations:
-    """Tokenises demonstrations, with the limits and errors of `tokenize_pairs`."""
-    kept = TokenizedDemonstrations()
+    """Tokenises demonstrations, with the limits and errors of `tokenize_pairs`.
+
+    With ``keep_prompts`` they are `PromptedAnswers`.
+    """
+    kept = PromptedAnswers() if keep_prompts else TokenizedDemonstrations()
     limits = _Limits(tokenizer, max_prompt_length, max_length, kept.dropped)
     items = ((item, item.where, item.prompt, (item.completion,)) for item in demonstrations)
     for demonstration, prompt_ids, (completion_ids,) in _encode(items, tokenizer):
@@ -208,6 +244,8 @@ def tokenize_demonstrations(
             kept.prompt_ids.append(prompt_ids)
             kept.completion_ids.append(completion_ids)
             kept.where.append(demonstration.where)
+            if isinstance(kept, PromptedAnswers):
+                kept.prompt.append(demonstration.prompt)
     limits.check_some_left(len(kept))
     return kept
 

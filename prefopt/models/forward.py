@@ -30,9 +30,11 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 def enable_trees(model: nn.Module) -> None:
     """Adds the ``trees`` argument to the model's forward, in place; doing it twice is harmless.
 
-    A causal LM answers ``model(trees=batch)`` with ``{"log_probs": [tokens]}``, float32; a sequence
-    classifier with one label with ``{"scores": [completions]}``, float32, read at each
-    completion's last token.
+    A causal LM answers ``model(trees=batch, temperature=T)`` with ``{"log_probs": [tokens]}``,
+    float32, under softmax(logits / T); T is 1 by default. A sequence classifier with one label
+    answers ``model(trees=batch)`` with ``{"scores": [completions]}``, float32, read at each
+    completion's last token, and with ``values=True`` with ``{"values": [tokens]}``, float32, read
+    where each completion token is predicted: the value of the state before that token.
 
     Args:
         model: A transformers model, PEFT-wrapped or not, before DDP or FSDP wrap it.
@@ -59,7 +61,12 @@ def enable_trees(model: nn.Module) -> None:
     # the wrapped signature stays visible: generate() checks its arguments against it
     @functools.wraps(type(base).forward)
     def forward(
-        self: PreTrainedModel, *args: Any, trees: TreeBatch | None = None, **kwargs: Any
+        self: PreTrainedModel,
+        *args: Any,
+        trees: TreeBatch | None = None,
+        temperature: float = 1.0,
+        values: bool = False,
+        **kwargs: Any,
     ) -> Any:
         if trees is None:
             return original(self, *args, **kwargs)
@@ -70,17 +77,23 @@ def enable_trees(model: nn.Module) -> None:
                 hidden.index_select(0, trees.predict_from),
                 trees.targets,
                 self.get_output_embeddings(),
-                logit_transform(self),
+                logit_transform(self, temperature),
             )
             return {"log_probs": log_probs}
-        head = self.score
+        head, read_at = self.score, trees.predict_from if values else trees.last
         with torch.autocast(hidden.device.type, enabled=False):  # differences of scores are small
             dtype = next(head.parameters()).dtype
-            scores = head(hidden.index_select(0, trees.last).to(dtype))
-        return {"scores": scores[:, 0].float()}
+            scores = head(hidden.index_select(0, read_at).to(dtype))[:, 0].float()
+        return {"values" if values else "scores": scores}
 
     base.forward = types.MethodType(forward, base)
     base._prefopt_trees = True
+
+
+def trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """The model under the head, which returns hidden states."""
+    # the prefix of Llama 4's text model names no attribute, and base_model is the model itself
+    return model.base_model if model.base_model is not model else model.model
 
 
 def supports_tree_attention(model: nn.Module) -> bool:
@@ -93,7 +106,7 @@ def supports_tree_attention(model: nn.Module) -> bool:
     return base._can_set_attn_implementation() and base._supports_sdpa
 
 
-def logit_transform(model: PreTrainedModel) -> LogitTransform:
+def logit_transform(model: PreTrainedModel, temperature: float = 1.0) -> LogitTransform:
     """Reads from the config what the model does to its logits after the head.
 
     Gemma 2 and 3 bound them, Cohere multiplies them (``logit_scale``), Granite divides them
@@ -104,7 +117,7 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
     scale = getattr(config, "logit_scale", None)
     if scale is None:
         scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None), temperature)
 
 
 def _head(model: PreTrainedModel) -> nn.Module | None:
@@ -130,7 +143,5 @@ def _hidden_states(model: PreTrainedModel, trees: TreeBatch) -> Tensor:
         }
     else:
         arguments = {"attention_mask": trees.attention_mask}
-    # the prefix of Llama 4's text model names no attribute, and base_model is the model itself
-    body = model.base_model if model.base_model is not model else model.model
-    output = body(input_ids=trees.input_ids, use_cache=False, **arguments)
+    output = trunk(model)(input_ids=trees.input_ids, use_cache=False, **arguments)
     return output.last_hidden_state.flatten(0, 1)

@@ -24,21 +24,28 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits: ``softcap * tanh(scale * logits / softcap)``."""
+    """What becomes of logits: ``softcap * tanh(scale * logits / softcap) / temperature``.
+
+    Scale and cap belong to the model, the temperature to the distribution that is asked for.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Applies the transform to raw logits of any shape."""
         logits = logits * self.scale if self.scale != 1.0 else logits
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature if self.temperature != 1.0 else logits
 
     def derivative(self, transformed: Tensor) -> Tensor | float:
         """d transformed / d raw logits, from the transformed logits."""
+        slope = self.scale / self.temperature
         if self.softcap is None:
-            return self.scale
-        return self.scale * (1 - (transformed / self.softcap) ** 2)
+            return slope
+        return slope * (1 - (transformed * self.temperature / self.softcap) ** 2)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -163,14 +170,31 @@ def _chunk_size(vocabulary: int, device: torch.device) -> int:
     return max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary)
 
 
-def sequence_log_probs(model: nn.Module, batch: TreeBatch) -> Tensor:
-    """Sums of token log-probs per completion, the produced EOS included.
+def token_log_probs_of(model: nn.Module, batch: TreeBatch, temperature: float = 1.0) -> Tensor:
+    """Log-prob of every completion token, the produced EOS included.
 
     Args:
         model: A causal LM after :func:`prefopt.models.forward.enable_trees`, wrapped or not.
         batch: The trees.
+        temperature: Divisor of the logits, above 0; no top-k and no top-p.
+
+    Returns:
+        float32 log-probs in nats, [tokens].
+    """
+    options = {} if temperature == 1.0 else {"temperature": temperature}
+    log_probs: Tensor = model(trees=batch, **options)["log_probs"]
+    return log_probs.float()
+
+
+def sequence_log_probs(model: nn.Module, batch: TreeBatch, temperature: float = 1.0) -> Tensor:
+    """Sums of :func:`token_log_probs_of` per completion.
+
+    Args:
+        model: A causal LM after :func:`prefopt.models.forward.enable_trees`, wrapped or not.
+        batch: The trees.
+        temperature: Divisor of the logits, above 0.
 
     Returns:
         float32 sums in nats, [completions].
     """
-    return batch.sum_per_completion(model(trees=batch)["log_probs"].float())
+    return batch.sum_per_completion(token_log_probs_of(model, batch, temperature))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -84,11 +84,16 @@ class Completion:
         token_ids: The tokens the model produced, its stop token included.
         text: The same tokens as text, without special tokens.
         finish_reason: "stop" if the last token is a stop token, "length" if the limit was reached.
+        log_prob: Sum over its tokens of their log-probs under softmax(logits / temperature), as the
+            engine that drew them computed it, before top_k and top_p cut anything off; of a greedy
+            completion, at temperature 1. In nats; NaN where the engine does not say. It takes no
+            part in comparisons, being equal up to float rounding only.
     """
 
     token_ids: list[int]
     text: str
     finish_reason: Literal["stop", "length"]
+    log_prob: float = field(default=math.nan, compare=False)
 
 
 class Engine(Protocol):
@@ -177,7 +182,10 @@ def check_prompts(
 
 
 def make_completion(
-    token_ids: Sequence[int], stop_token_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
+    token_ids: Sequence[int],
+    stop_token_ids: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
+    log_probs: Sequence[float] | None = None,
 ) -> Completion:
     """Ends a completion after its first stop token and decodes it.
 
@@ -185,6 +193,7 @@ def make_completion(
         token_ids: Tokens after the prompt; whatever follows the first stop token is dropped.
         stop_token_ids: Tokens that end a completion.
         tokenizer: Decodes the tokens.
+        log_probs: The log-prob of each token, in nats, if known.
 
     Returns:
         The completion, with ``finish_reason`` "length" if there is no stop token.
@@ -192,4 +201,5 @@ def make_completion(
     stop = next((i for i, token in enumerate(token_ids) if token in stop_token_ids), None)
     kept = list(token_ids if stop is None else token_ids[: stop + 1])
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Completion(kept, text, "length" if stop is None else "stop")
+    log_prob = math.nan if log_probs is None else math.fsum(log_probs[: len(kept)])
+    return Completion(kept, text, "length" if stop is None else "stop", log_prob)

@@ -19,7 +19,6 @@ from transformers import GenerationConfig
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -100,9 +99,9 @@ class TransformersEngine:
                 batch = rows[start : start + self.batch_size]
                 keys = [sample_key(settings.seed, prompts[i], sample) for i, sample in batch]
                 generated = self._continue([prompts[i] for i, _ in batch], keys, settings)
-                for (index, _), token_ids in zip(batch, generated, strict=True):
+                for (index, _), (token_ids, log_probs) in zip(batch, generated, strict=True):
                     completions[index].append(
-                        make_completion(token_ids, self.stop_token_ids, self.tokenizer)
+                        make_completion(token_ids, self.stop_token_ids, self.tokenizer, log_probs)
                     )
                 if progress is not None:
                     progress(len(batch))
@@ -110,8 +109,8 @@ class TransformersEngine:
 
     def _continue(
         self, prompts: list[Sequence[int]], keys: list[int], settings: SamplingSettings
-    ) -> list[list[int]]:
-        """The tokens after each prompt; behind a stop token anything may follow."""
+    ) -> list[tuple[list[int], list[float]]]:
+        """The tokens after each prompt and their log-probs; behind a stop token, anything."""
         width = max(len(prompt) for prompt in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -119,6 +118,7 @@ class TransformersEngine:
             input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
             attention_mask[row, width - len(prompt) :] = 1
         device = self.model.device
+        draw = _Draw(settings, keys, width, device)
         output = self.model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
@@ -129,25 +129,31 @@ class TransformersEngine:
                 eos_token_id=self.stop_token_ids or None,
                 pad_token_id=0,  # any id: the mask and the first stop token say what is real
             ),
-            logits_processor=LogitsProcessorList([_Draw(settings, keys, width, device)]),
+            logits_processor=LogitsProcessorList([draw]),
         )
-        generated: list[list[int]] = output[:, width:].tolist()
-        return generated
+        log_probs = torch.stack(draw.log_probs, dim=1).tolist()
+        return list(zip(output[:, width:].tolist(), log_probs, strict=True))
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token and leaves it the only finite score, for ``generate`` to take."""
+    """Draws each row's next token and leaves it the only finite score, for ``generate`` to take.
+
+    Attributes:
+        log_probs: Per step, what ``Completion.log_prob`` sums up, float32 [rows].
+    """
 
     def __init__(
         self, settings: SamplingSettings, keys: list[int], width: int, device: torch.device
     ) -> None:
         self.width = width
+        self.log_probs: list[Tensor] = []
         self.greedy = settings.temperature == 0
         if self.greedy:
             return
+        self.temperature = settings.temperature
         noise = np.stack([uniforms(key, settings.max_new_tokens) for key in keys])
         self.noise = torch.from_numpy(noise).to(device)
-        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+        self.warpers = LogitsProcessorList()
         if settings.top_k > 0:
             self.warpers.append(TopKLogitsWarper(settings.top_k))
         if settings.top_p < 1:
@@ -162,9 +168,13 @@ class _Draw(LogitsProcessor):
                 "or this one in float32"
             )
         if self.greedy:
-            return scores
-        probs = self.warpers(input_ids, scores).softmax(-1)
-        tokens = draw_tokens(probs, self.noise[:, step])
+            tokens = scores.argmax(-1)
+        else:
+            scores = scores / self.temperature
+            probs = self.warpers(input_ids, scores).softmax(-1)
+            tokens = draw_tokens(probs, self.noise[:, step])
+        chosen = scores.gather(-1, tokens[:, None])[:, 0]
+        self.log_probs.append(chosen - scores.logsumexp(-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 

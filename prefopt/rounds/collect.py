@@ -1,4 +1,4 @@
-"""Collect, judge, pair: the part of a round that comes before training, kept on disk as it grows.
+"""Sample and judge: the part of a round that comes before training, kept on disk as it grows.
 
 Work is dealt to processes by shards of prompts, and a shard on disk is never computed again.
 Neither shards nor samples depend on the number of processes.
@@ -6,10 +6,12 @@ Neither shards nor samples depend on the number of processes.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import fmean
@@ -17,19 +19,12 @@ from typing import Any
 
 from accelerate import PartialState
 
+from prefopt.data.rows import Prompt
 from prefopt.data.tokenize import TokenizedPrompts
-from prefopt.data.tree import PromptTree
-from prefopt.judge import Judge
 from prefopt.rollout.engine import Engine, SamplingSettings
-from prefopt.rounds.pairing import (
-    Judgement,
-    PairingSettings,
-    PromptPairs,
-    count_pairs,
-    judge_samples,
-    make_pairs,
-)
+from prefopt.rounds.judging import Judgement
 from prefopt.rounds.plan import PlannedRound
+from prefopt.rounds.resets import Resets
 from prefopt.rounds.store import (
     Sample,
     judgements_path,
@@ -43,6 +38,8 @@ from prefopt.rounds.store import (
 )
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+# (prompts, the texts of each prompt's samples, a name for each prompt) -> one judgement a prompt
+Ask = Callable[[Sequence[Prompt], Sequence[Sequence[str]], Sequence[str]], list[Judgement]]
 
 
 @dataclass(frozen=True)
@@ -50,41 +47,40 @@ class Collector:
     """What every round is collected with.
 
     Attributes:
-        prompts: The prompt set.
+        prompts: The rows whose prompts are sampled for.
+        occurrences: For each row, how many rows before it have the same prompt.
         engine: Samples from the policy as it is at that moment.
-        judge: Judges the samples.
+        ask: What the judge is asked about the samples; None: there is nothing to judge.
         sampling: The settings of each part of a prompt's samples; their ``samples_per_prompt`` add
             up, ``seed`` and ``first_sample`` are set here.
-        pairing: How samples become pairs.
-        redraws: With ``ties="resample"``, how often new samples are drawn for a prompt at most.
         prompts_per_shard: Prompts in a file.
         seed: Of the run; every round, redraw and pass over the prompts has noise of its own.
+        opponent: Draws as many samples again, which come after the policy's.
+        resets: Begins samples with a part of an offline answer.
+        judged_too: The texts of a row's offline answers that are judged behind its samples.
     """
 
     prompts: TokenizedPrompts
+    occurrences: Sequence[int]
     engine: Engine
-    judge: Judge
+    ask: Ask | None
     sampling: Sequence[SamplingSettings]
-    pairing: PairingSettings
-    redraws: int
     prompts_per_shard: int
     seed: int
+    opponent: Engine | None = None
+    resets: Resets | None = None
+    judged_too: Callable[[int], list[str]] | None = None
 
 
 @dataclass(frozen=True)
-class CollectedRound:
-    """The pairs of a round.
+class CollectedSamples:
+    """The samples of a round and what was said of them, by position in the round."""
 
-    Attributes:
-        trees: One tree of (chosen, rejected) a pair.
-        p_chosen: The pairs' labels.
-    """
-
-    trees: list[PromptTree]
-    p_chosen: list[float]
+    samples: dict[int, list[Sample]]
+    judgements: dict[int, Judgement]
 
 
-def collect_round(
+def collect_samples(
     collector: Collector,
     folder: Path,
     index: int,
@@ -92,7 +88,7 @@ def collect_round(
     *,
     progress: Progress,
 ) -> dict[str, float]:
-    """Brings a round's pairs to disk, going on from what is there; all processes call this.
+    """Brings a round to disk, going on from what is there; all processes call this.
 
     Args:
         collector: Engine, judge and settings.
@@ -106,45 +102,51 @@ def collect_round(
         Seconds this process spent, ``time/generate`` and ``time/judge``.
     """
     seconds = {"time/generate": 0.0, "time/judge": 0.0}
-    if is_collected(folder):
+    if samples_are_collected(folder):
         return seconds
-    rollouts: dict[int, list[Sample]] = {}
-    judgements: dict[int, Judgement] = {}
-    made: dict[int, PromptPairs] = {}
-    positions = list(range(len(planned.prompts)))
-    redrawn = 0
-    for draw in range(1 + (collector.redraws if collector.pairing.ties == "resample" else 0)):
-        redrawn += len(positions) if draw else 0
-        shards = _draw(collector, folder, index, draw, planned, positions, progress, seconds)
-        for shard in range(shards):
-            rollouts |= read_rollouts(rollouts_path(folder, draw, shard))
-            judgements |= read_judgements(judgements_path(folder, draw, shard))
-        for position in positions:
-            texts = _texts(rollouts[position])
-            key = _key(collector, index, planned, position)
-            made[position] = make_pairs(judgements[position], texts, collector.pairing, key)
-        positions = [position for position in positions if made[position].tied]
-        if not positions:
-            break
+    positions = range(len(planned.prompts))
+    shards = draw(collector, folder, index, 0, planned, positions, progress, seconds)
     state = PartialState()
     if state.is_main_process:
-        _write_pairs(folder / "pairs.jsonl", collector.prompts, planned, rollouts, made)
-        report = {"round": index, **_report(rollouts, judgements, made), "redrawn": redrawn}
+        report = {"round": index, **sampling_report(read_samples(collector, folder, shards))}
         write_lines(folder / "round.json", [report])
     state.wait_for_everyone()
     return seconds
 
 
-def is_collected(folder: Path) -> bool:
-    """Whether a round's pairs are on disk, with the report that is written last."""
-    return (folder / "round.json").exists() and (folder / "pairs.jsonl").exists()
+def samples_are_collected(folder: Path) -> bool:
+    """Whether a round of samples is on disk, with the report that is written last."""
+    return (folder / "round.json").exists()
 
 
-def _draw(
+def read_samples(collector: Collector, folder: Path, shards: int | None = None) -> CollectedSamples:
+    """What is on disk of a round's first draw.
+
+    Args:
+        collector: What the round was collected with.
+        folder: The round's folder.
+        shards: How many files there are of each kind; None: as many as the report's prompts fill.
+
+    Raises:
+        PrefoptError: A file is missing or cannot be read.
+    """
+    if shards is None:
+        (report,) = read_lines(folder / "round.json")
+        shards = math.ceil(report["prompts"] / collector.prompts_per_shard)
+    samples: dict[int, list[Sample]] = {}
+    judgements: dict[int, Judgement] = {}
+    for shard in range(shards):
+        samples |= read_rollouts(rollouts_path(folder, 0, shard))
+        if collector.ask is not None:
+            judgements |= read_judgements(judgements_path(folder, 0, shard))
+    return CollectedSamples(samples, judgements)
+
+
+def draw(
     collector: Collector,
     folder: Path,
     index: int,
-    draw: int,
+    number: int,
     planned: PlannedRound,
     positions: Sequence[int],
     progress: Progress,
@@ -156,26 +158,33 @@ def _draw(
     shards = [positions[start : start + size] for start in range(0, len(positions), size)]
 
     def sample(shard: int) -> None:
-        seed = f"{collector.seed}/{index}/{draw}"
+        seed = f"{collector.seed}/{index}/{number}"
         samples = _sample(collector, seed, planned, shards[shard])
-        write_rollouts(rollouts_path(folder, draw, shard), samples)
+        write_rollouts(rollouts_path(folder, number, shard), samples)
 
-    def judge(shard: int) -> None:
-        samples = read_rollouts(rollouts_path(folder, draw, shard))
-        texts = [_texts(samples[position]) for position in shards[shard]]
-        prompts = [collector.prompts.prompt[planned.prompts[p]] for p in shards[shard]]
-        keys = [_key(collector, index, planned, position) for position in shards[shard]]
-        judged = judge_samples(collector.judge, prompts, texts, collector.pairing, keys)
-        path = judgements_path(folder, draw, shard)
+    def judge(shard: int, ask: Ask) -> None:
+        samples = read_rollouts(rollouts_path(folder, number, shard))
+        rows = [planned.prompts[p] for p in shards[shard]]
+        judged_too = collector.judged_too or (lambda row: [])
+        judged = ask(
+            [collector.prompts.prompt[row] for row in rows],
+            [
+                texts_of(samples[p]) + judged_too(row)
+                for p, row in zip(shards[shard], rows, strict=True)
+            ],
+            [prompt_key(collector, index, planned, position) for position in shards[shard]],
+        )
+        path = judgements_path(folder, number, shard)
         write_judgements(path, dict(zip(shards[shard], judged, strict=True)))
 
-    for name, path, work in (
-        ("generate", rollouts_path, sample),
-        ("judge", judgements_path, judge),
-    ):
+    stages: list[tuple[str, Callable[..., Path], Callable[[int], None]]]
+    stages = [("generate", rollouts_path, sample)]
+    if collector.ask is not None:
+        stages.append(("judge", judgements_path, partial(judge, ask=collector.ask)))
+    for name, path, work in stages:
         begun = time.perf_counter()
         # all processes look before any writes, so that they deal the same shards
-        missing = [s for s in range(len(shards)) if not path(folder, draw, s).exists()]
+        missing = [s for s in range(len(shards)) if not path(folder, number, s).exists()]
         state.wait_for_everyone()
         own = missing[state.process_index :: state.num_processes]
         with progress(name, sum(len(shards[shard]) for shard in own)) as advance:
@@ -187,55 +196,31 @@ def _draw(
     return len(shards)
 
 
-def read_round(folder: Path, planned: PlannedRound, prompts: TokenizedPrompts) -> CollectedRound:
-    """The pairs of a round that was collected to its end.
-
-    Raises:
-        PrefoptError: A file is missing or cannot be read.
-    """
-    rows = read_lines(folder / "pairs.jsonl")
-    trees = [
-        PromptTree(
-            prompts.prompt_ids[planned.prompts[row["position"]]],
-            (row["chosen_ids"], row["rejected_ids"]),
-        )
-        for row in rows
-    ]
-    return CollectedRound(trees, [row["p_chosen"] for row in rows])
-
-
-def sampled_trees(
-    collector: Collector, folder: Path, planned: PlannedRound, *, limit: int
-) -> list[PromptTree]:
-    """One draw from the policy for each of the first prompts of a collected round.
-
-    Only a plain sample (temperature 1, nothing cut off) is such a draw: the list is empty where no
-    part of the mix is plain.
-    """
-    plain = [
-        (part.temperature, part.top_p, part.top_k) == (1, 1, 0)
-        for part in collector.sampling
-        for _ in range(part.samples_per_prompt)
-    ]
-    if True not in plain:
-        return []
-    positions = range(min(limit, len(planned.prompts)))
-    samples: dict[int, list[Sample]] = {}
-    for shard in range(-(-len(positions) // collector.prompts_per_shard)):
-        samples |= read_rollouts(rollouts_path(folder, 0, shard))
-    return [
-        PromptTree(
-            collector.prompts.prompt_ids[planned.prompts[position]],
-            [samples[position][plain.index(True)].completion.token_ids],
-        )
-        for position in positions
-    ]
-
-
-def _key(collector: Collector, index: int, planned: PlannedRound, position: int) -> str:
-    """What seeds the random choices of a prompt's pairing."""
+def prompt_key(collector: Collector, index: int, planned: PlannedRound, position: int) -> str:
+    """A name for a prompt of a round, which seeds the random choices made about it."""
     prompt, which = planned.prompts[position], planned.passes[position]
     return f"{collector.seed}/{index}/{which}/{prompt}"
+
+
+def texts_of(samples: Sequence[Sample]) -> list[str]:
+    """The texts of samples."""
+    return [sample.completion.text for sample in samples]
+
+
+def sampling_report(collected: CollectedSamples) -> dict[str, Any]:
+    """Counts and means over samples."""
+    drawn = [sample for group in collected.samples.values() for sample in group]
+    scores = [
+        score
+        for position, judgement in collected.judgements.items()
+        for score in judgement.scores[: len(collected.samples[position])]
+    ]
+    report: dict[str, Any] = {"prompts": len(collected.samples), "samples": len(drawn)}
+    report["rollout/length"] = fmean(len(sample.completion.token_ids) for sample in drawn)
+    report["rollout/finished"] = fmean(s.completion.finish_reason == "stop" for s in drawn)
+    if scores:
+        report["judge/score"] = fmean(scores)
+    return report
 
 
 def _sample(
@@ -243,68 +228,37 @@ def _sample(
 ) -> dict[int, list[Sample]]:
     """Draws all samples of some positions, the parts of the mix one after another."""
     samples: dict[int, list[Sample]] = {position: [] for position in positions}
-    for which in sorted({planned.passes[position] for position in positions}):
-        chosen = [p for p in positions if planned.passes[p] == which]
-        ids = [collector.prompts.prompt_ids[planned.prompts[p]] for p in chosen]
+    players = [(collector.engine, part) for part in collector.sampling]
+    if collector.opponent is not None:
+        players += [(collector.opponent, part) for part in collector.sampling]
+
+    def noise(position: int) -> tuple[int, int]:
+        """Equal prompts differ in this: an engine gives them equal samples."""
+        return planned.passes[position], collector.occurrences[planned.prompts[position]]
+
+    for which, again in sorted({noise(position) for position in positions}):
+        chosen = [p for p in positions if noise(p) == (which, again)]
+        rows = [planned.prompts[p] for p in chosen]
+        text = f"{seed}/{which}/{again}" if again else f"{seed}/{which}"
         first = 0
-        for part in collector.sampling:
-            settings = replace(part, seed=_seed(f"{seed}/{which}"), first_sample=first)
+        for engine, part in players:
+            settings = replace(part, seed=_seed(text), first_sample=first)
             first += part.samples_per_prompt
-            answers = collector.engine.generate(ids, settings)
-            for position, group in zip(chosen, answers, strict=True):
-                samples[position] += [Sample(answer, part.temperature) for answer in group]
+            drawn = _draw_rows(collector, engine, rows, settings)
+            for position, group in zip(chosen, drawn, strict=True):
+                samples[position] += group
     return samples
+
+
+def _draw_rows(
+    collector: Collector, engine: Engine, rows: Sequence[int], settings: SamplingSettings
+) -> list[list[Sample]]:
+    prompts = [collector.prompts.prompt_ids[row] for row in rows]
+    if collector.resets is not None:
+        return collector.resets.draw(engine, rows, prompts, settings)
+    answers = engine.generate(prompts, settings)
+    return [[Sample(answer, settings.temperature) for answer in group] for group in answers]
 
 
 def _seed(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
-
-
-def _texts(samples: Sequence[Sample]) -> list[str]:
-    return [sample.completion.text for sample in samples]
-
-
-def _write_pairs(
-    path: Path,
-    prompts: TokenizedPrompts,
-    planned: PlannedRound,
-    rollouts: Mapping[int, Sequence[Sample]],
-    made: Mapping[int, PromptPairs],
-) -> None:
-    """Writes the pairs as rows that can be trained on again (``docs/data.md``), with their ids."""
-    rows = []
-    for position, result in sorted(made.items()):
-        answers = [sample.completion for sample in rollouts[position]]
-        for pair in result.pairs:
-            chosen, rejected = answers[pair.chosen], answers[pair.rejected]
-            rows.append(
-                {
-                    "prompt": prompts.prompt[planned.prompts[position]],
-                    "chosen": chosen.text,
-                    "rejected": rejected.text,
-                    "p_chosen": pair.p_chosen,
-                    "position": position,
-                    "chosen_sample": pair.chosen,
-                    "rejected_sample": pair.rejected,
-                    "chosen_ids": chosen.token_ids,
-                    "rejected_ids": rejected.token_ids,
-                }
-            )
-    write_lines(path, rows)
-
-
-def _report(
-    rollouts: Mapping[int, Sequence[Sample]],
-    judgements: Mapping[int, Judgement],
-    made: Mapping[int, PromptPairs],
-) -> dict[str, Any]:
-    """Counts and means over the samples that pairs were made of."""
-    answers = [sample.completion for group in rollouts.values() for sample in group]
-    scores = [score for judgement in judgements.values() for score in judgement.scores]
-    report: dict[str, Any] = {"prompts": len(rollouts), "samples": len(answers)}
-    report |= asdict(count_pairs(made.values()))
-    report["rollout/length"] = fmean(len(answer.token_ids) for answer in answers)
-    report["rollout/finished"] = fmean(answer.finish_reason == "stop" for answer in answers)
-    if scores:
-        report["judge/score"] = fmean(scores)
-    return report

@@ -1,4 +1,4 @@
-"""Log-probs of frozen models over a data set, computed once and kept in shards on disk.
+"""Log-probs and values of frozen models over a data set, computed once, in shards on disk.
 
 The folder's name is a key over all the numbers depend on, so stored values are never reused for
 other weights, other rows or another precision. A pass that was interrupted goes on where it was.
@@ -19,49 +19,48 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from prefopt.data.tree import Layout, PromptTree, collate_trees
+from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.errors import PrefoptError
-from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.storage import atomic_write
 
 
 @dataclass(frozen=True)
 class LogProbShards:
-    """The stored log-probs of a list of trees, ``trees_per_shard`` trees a file.
+    """The stored numbers of a list of trees, ``trees_per_shard`` trees a file.
 
     Attributes:
         folder: Where the shards lie.
-        completions: How many completions each tree has.
+        sizes: How many numbers each tree has: one a completion, or one a completion token.
         trees_per_shard: Trees in each shard but the last.
     """
 
     folder: Path
-    completions: Sequence[int]
+    sizes: Sequence[int]
     trees_per_shard: int = 256
 
     def missing(self) -> list[int]:
         """The shards that are not on disk yet."""
-        count = -(-len(self.completions) // self.trees_per_shard)
+        count = -(-len(self.sizes) // self.trees_per_shard)
         return [shard for shard in range(count) if not self._path(shard).exists()]
 
     def trees_in(self, shard: int) -> range:
         """The indices of a shard's trees."""
         start = shard * self.trees_per_shard
-        return range(start, min(start + self.trees_per_shard, len(self.completions)))
+        return range(start, min(start + self.trees_per_shard, len(self.sizes)))
 
     def write(self, shard: int, values: Tensor) -> None:
-        """Stores a shard's log-probs, float32 [completions of its trees], all at once or not."""
+        """Stores a shard's numbers, float32 [sum of its trees' sizes], all at once or not."""
         atomic_write(self._path(shard), save({"log_probs": values.float().cpu().contiguous()}))
 
     def load(self) -> list[Tensor]:
-        """All log-probs, one float32 tensor [completions] a tree.
+        """All numbers, one float32 tensor [size] a tree.
 
         Raises:
             PrefoptError: A shard is missing, cannot be read or has the wrong size.
         """
         trees: list[Tensor] = []
-        for shard in range(-(-len(self.completions) // self.trees_per_shard)):
-            path, sizes = self._path(shard), [self.completions[i] for i in self.trees_in(shard)]
+        for shard in range(-(-len(self.sizes) // self.trees_per_shard)):
+            path, sizes = self._path(shard), [self.sizes[i] for i in self.trees_in(shard)]
             try:
                 values = load_file(path)["log_probs"]
             except (FileNotFoundError, SafetensorError, KeyError) as error:
@@ -85,6 +84,7 @@ def fill_shards(
     shards: LogProbShards,
     trees: Sequence[PromptTree],
     model: nn.Module,
+    read: Callable[[nn.Module, TreeBatch], Tensor],
     *,
     missing: Sequence[int],
     layout: Layout,
@@ -101,6 +101,7 @@ def fill_shards(
         shards: The store.
         trees: The trees, as many as the store has.
         model: The frozen model, wrapped or not, after ``enable_trees``; in eval mode.
+        read: The numbers of a batch, tree by tree, such as ``sequence_log_probs``.
         missing: The shards to compute. All ranks must name the same ones, so this is asked of the
             disk before any rank begins to write.
         layout: How to lay out the batches.
@@ -121,10 +122,8 @@ def fill_shards(
             chosen = indices[step * batch_size : (step + 1) * batch_size] or indices[-1:]
             batch = collate_trees([trees[i] for i in chosen], layout=layout).to(device)
             with torch.no_grad():
-                sums = sequence_log_probs(model, batch).cpu()
-            values.update(
-                zip(chosen, sums.split([len(trees[i].completions) for i in chosen]), strict=True)
-            )
+                found = read(model, batch).cpu()
+            values.update(zip(chosen, found.split([shards.sizes[i] for i in chosen]), strict=True))
             if progress is not None and rank < len(sizes):
                 progress(len(chosen))
         if rank < len(sizes):

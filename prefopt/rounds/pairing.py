@@ -20,29 +20,25 @@ the loss would have no gradient.
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from prefopt.data.rows import Prompt
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
+from prefopt.rounds.judging import Judgement, Match, compare_samples, score_samples
 
 PAIRINGS = ("best_worst", "best_random", "tournament", "independent")
 TIES = ("drop", "keep", "resample")
 SCORED_PAIRINGS = ("best_worst", "best_random")  # the others only compare
 
-_Match = tuple[int, int]
 # Two samples and P(first beats second); the first is to be the chosen one.
 _Candidate = tuple[int, int, float]
 # A pairing yields matches stage by stage, is sent P(first beats second) of each, and returns
 # its candidates.
-_Play = Generator[list[_Match], list[float], list[_Candidate]]
+_Play = Generator[list[Match], list[float], list[_Candidate]]
 
 
 @dataclass(frozen=True)
@@ -89,21 +85,6 @@ class PairingSettings:
                 f"{found} with soft_labels=true, which are P of the unpenalised judge and could "
                 "contradict the penalised order; set one of the two to 0 or false"
             )
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a judge said about the samples of one prompt.
-
-    Attributes:
-        scores: One a sample, as the judge gave them, unpenalised; empty for pairings that only
-            compare.
-        matches: ``(i, j, P(i beats j))`` in the order played; samples of the same text are not
-            among them.
-    """
-
-    scores: list[float]
-    matches: list[tuple[int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -189,13 +170,13 @@ def judge_samples(
         check_samples(settings, len(texts))
     scores: list[list[float]] = [[] for _ in samples]
     if settings.pairing in SCORED_PAIRINGS:
-        scores = _scores(judge, prompts, samples, keys)
-    known: list[dict[_Match, float]] = [{} for _ in samples]
+        scores = score_samples(judge, prompts, samples, keys)
+    known: list[dict[Match, float]] = [{} for _ in samples]
     judged = list(zip(scores, samples, keys, known, strict=True))
     while open_matches := [
         (n, i, j) for n, prompt in enumerate(judged) for i, j in _replay(settings, *prompt)[0]
     ]:
-        answers = _preferences(judge, prompts, samples, keys, open_matches)
+        answers = compare_samples(judge, prompts, samples, keys, open_matches)
         for (n, i, j), p in zip(open_matches, answers, strict=True):
             known[n][i, j] = p
     return [
@@ -263,8 +244,8 @@ def _replay(
     scores: Sequence[float],
     texts: Sequence[str],
     key: str,
-    known: Mapping[_Match, float],
-) -> tuple[list[_Match], list[_Candidate]]:
+    known: Mapping[Match, float],
+) -> tuple[list[Match], list[_Candidate]]:
     """Plays a pairing on known answers: the matches of the first stage that lacks some, or none
     and the candidates.
     """
@@ -342,56 +323,6 @@ def _tournament(count: int, soft_labels: bool) -> _Play:
     return [(best, worst, p)]
 
 
-def _neighbours(field: Sequence[int]) -> list[_Match]:
+def _neighbours(field: Sequence[int]) -> list[Match]:
     """First against second and so on; the last of an odd number goes without."""
     return list(zip(field[::2], field[1::2], strict=False))
-
-
-def _scores(
-    judge: Judge, prompts: Sequence[Prompt], samples: Sequence[Sequence[str]], keys: Sequence[str]
-) -> list[list[float]]:
-    """Every sample's score; one call, but for a prompt that occurs again, which has the next.
-
-    A judge that only compares scores samples against each other, and must not mix two occurrences.
-    """
-    calls: dict[int, list[int]] = {}
-    seen: Counter[str] = Counter()
-    for n, prompt in enumerate(prompts):
-        name = json.dumps(prompt, sort_keys=True)
-        calls.setdefault(seen[name], []).append(n)
-        seen[name] += 1
-    scores: list[list[float]] = [[] for _ in samples]
-    for numbers in calls.values():
-        asked = [(n, text) for n in numbers for text in samples[n]]
-        values = judge.score([prompts[n] for n, _ in asked], [text for _, text in asked])
-        for (n, _), value in zip(asked, np.asarray(values, dtype=float).tolist(), strict=True):
-            if not math.isfinite(value):
-                raise PrefoptError(
-                    f"prompt {keys[n]!r}: found score {value} for sample {len(scores[n])}, "
-                    "expected a finite number; correct the judge"
-                )
-            scores[n].append(value)
-    return scores
-
-
-def _preferences(
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    samples: Sequence[Sequence[str]],
-    keys: Sequence[str],
-    matches: Sequence[tuple[int, int, int]],
-) -> list[float]:
-    """P(sample i beats sample j) for matches ``(prompt, i, j)``."""
-    values = judge.prefer(
-        [prompts[n] for n, _, _ in matches],
-        [samples[n][i] for n, i, _ in matches],
-        [samples[n][j] for n, _, j in matches],
-    )
-    answers = np.asarray(values, dtype=float).tolist()
-    for (n, i, j), p in zip(matches, answers, strict=True):
-        if not 0 <= p <= 1:
-            raise PrefoptError(
-                f"prompt {keys[n]!r}: found P={p} for sample {i} against {j}, expected a "
-                "probability in [0, 1]; correct the judge"
-            )
-    return answers

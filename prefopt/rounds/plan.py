@@ -26,7 +26,12 @@ class PlannedRound:
 
 
 def plan_rounds(
-    num_prompts: int, *, rounds: int | None, prompts_per_round: int | None, seed: int
+    num_prompts: int,
+    *,
+    rounds: int | None,
+    prompts_per_round: int | None,
+    seed: int,
+    shuffle: bool = True,
 ) -> list[PlannedRound]:
     """Deals prompts to rounds from an endless stream of shuffled passes over the prompt set.
 
@@ -40,6 +45,7 @@ def plan_rounds(
         prompts_per_round: Prompts in each; None: one pass, in ``rounds`` parts whose sizes differ
             by at most one.
         seed: Of the shuffles.
+        shuffle: Whether each pass has an order of its own, or that of the prompts.
 
     Raises:
         PrefoptError: Neither number is given, or one is out of range.
@@ -58,7 +64,12 @@ def plan_rounds(
         bounds = np.linspace(0, num_prompts, rounds + 1).astype(int)
     passes = -(-int(bounds[-1]) // num_prompts)
     stream = np.concatenate(
-        [np.random.default_rng((seed, p)).permutation(num_prompts) for p in range(passes)]
+        [
+            np.random.default_rng((seed, p)).permutation(num_prompts)
+            if shuffle
+            else np.arange(num_prompts)
+            for p in range(passes)
+        ]
     )
     return [
         PlannedRound(

@@ -4,7 +4,7 @@
         draw-0/rollouts-00000.parquet      one row a sample
         draw-0/judgements-00000.jsonl      one line a prompt
         draw-1/...                         new samples for prompts whose first ones tied
-        pairs.jsonl                        preference pairs, as ``docs/data.md`` describes them
+        pairs.jsonl                        of a round of pairs: preference pairs (``docs/data.md``)
         round.json                         counts and means; written last
 
 Each file appears whole or not at all, so that a file that is there is complete. A prompt is known
@@ -24,16 +24,17 @@ import pyarrow.parquet as pq
 
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import Completion
-from prefopt.rounds.pairing import Judgement
+from prefopt.rounds.judging import Judgement
 from prefopt.rounds.storage import atomic_write
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and the temperature it was drawn at."""
+    """A completion, the temperature it was drawn at, and how many of its tokens were forced."""
 
     completion: Completion
     temperature: float
+    forced: int = 0
 
 
 def round_folder(rounds_dir: Path, index: int) -> Path:
@@ -61,6 +62,8 @@ def write_rollouts(path: Path, samples: Mapping[int, Sequence[Sample]]) -> None:
             "text": sample.completion.text,
             "finish_reason": sample.completion.finish_reason,
             "temperature": sample.temperature,
+            "forced": sample.forced,
+            "log_prob": sample.completion.log_prob,
         }
         for position, group in samples.items()
         for number, sample in enumerate(group)
@@ -78,6 +81,8 @@ _ROLLOUTS = pa.schema(
         "text": pa.string(),
         "finish_reason": pa.string(),
         "temperature": pa.float64(),
+        "forced": pa.int32(),
+        "log_prob": pa.float64(),
     }
 )
 
@@ -94,8 +99,11 @@ def read_rollouts(path: Path) -> dict[int, list[Sample]]:
         raise _unreadable(path, error) from error
     samples: dict[int, list[Sample]] = {}
     for row in rows:
-        completion = Completion(row["token_ids"], row["text"], row["finish_reason"])
-        samples.setdefault(row["position"], []).append(Sample(completion, row["temperature"]))
+        completion = Completion(
+            row["token_ids"], row["text"], row["finish_reason"], row["log_prob"]
+        )
+        sample = Sample(completion, row["temperature"], row["forced"])
+        samples.setdefault(row["position"], []).append(sample)
     return samples
 
 

@@ -1,4 +1,4 @@
-"""A model's trained weights on disk, to be put back for a while: one model in memory plays two."""
+"""A model's trained weights, kept to be put back or lent: one model in memory plays many."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
@@ -18,52 +17,74 @@ from prefopt.rounds.storage import atomic_directory
 
 FILE = "trainable.safetensors"
 
+Weights = dict[str, Tensor]  # by the name of the parameter
 
-def save_trainable(model: nn.Module, folder: Path) -> None:
-    """Writes the weights that training changes; the folder appears complete or not at all.
+
+def trainable_weights(model: nn.Module) -> Weights:
+    """A copy of the weights that training changes, where they are.
 
     Raises:
         PrefoptError: The weights are sharded over processes.
     """
-    tensors = {name: p.detach().cpu().contiguous() for name, p in _trainable(model)}
-    with atomic_directory(folder) as partial:
-        save_file(tensors, partial / FILE)
+    return {name: p.detach().clone() for name, p in _trainable(model)}
 
 
-def load_trainable(model: nn.Module, folder: Path) -> None:
-    """Puts saved weights back, in place.
+def put_weights(model: nn.Module, weights: Weights) -> None:
+    """Copies kept weights into the model.
 
     Raises:
-        PrefoptError: Nothing readable is there, or it belongs to another model.
+        PrefoptError: The weights are sharded over processes.
+    """
+    with torch.no_grad():
+        for name, parameter in _trainable(model):
+            parameter.copy_(weights[name])
+
+
+@contextmanager
+def exchanged(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """The model with other weights inside the block, and with its own again after it.
+
+    Nothing is copied where types agree. No graph may be open across the block's ends.
+
+    Raises:
+        PrefoptError: The weights are sharded over processes.
+    """
+    own = [(parameter, parameter.data, weights[name]) for name, parameter in _trainable(model)]
+    try:
+        for parameter, data, lent in own:
+            parameter.data = lent.to(data.dtype)
+        yield
+    finally:
+        for parameter, data, _ in own:
+            parameter.data = data
+
+
+def save_weights(weights: Weights, folder: Path) -> None:
+    """Writes weights; the folder appears complete or not at all."""
+    with atomic_directory(folder) as partial:
+        save_file({name: w.cpu().contiguous() for name, w in weights.items()}, partial / FILE)
+
+
+def read_weights(model: nn.Module, folder: Path) -> Weights:
+    """Reads the weights that :func:`save_weights` wrote, to where those of the model are.
+
+    Raises:
+        PrefoptError: Nothing is there, or it belongs to another model.
     """
     path = folder / FILE
     if not path.exists():
         raise PrefoptError(
-            f"{path}: the weights this run began with are gone; restore the file, or delete the "
+            f"{path}: weights this run goes on with are gone; restore the file, or delete the "
             "run folder to begin again"
         )
-    with safe_open(path, framework="pt") as stored, torch.no_grad():
-        missing = {name for name, _ in _trainable(model)} ^ set(stored.keys())
-        if missing:
-            raise PrefoptError(
-                f"{path}: expected the weights of this model, but {sorted(missing)[0]!r} is in "
-                "only one of the two; delete the run folder to begin again"
-            )
-        for name, parameter in _trainable(model):
-            parameter.copy_(stored.get_tensor(name))
-
-
-@contextmanager
-def weights_of(model: nn.Module, folder: Path) -> Iterator[None]:
-    """The model with saved weights inside the block, and with its own again after it."""
-    own = {name: p.detach().to("cpu", copy=True) for name, p in _trainable(model)}
-    try:
-        load_trainable(model, folder)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in _trainable(model):
-                parameter.copy_(own[name])
+    names = {name for name, _ in _trainable(model)}
+    stored = load_file(path, device=str(next(model.parameters()).device))
+    if missing := names ^ stored.keys():
+        raise PrefoptError(
+            f"{path}: expected the weights of this model, but {sorted(missing)[0]!r} is in "
+            "only one of the two; delete the run folder to begin again"
+        )
+    return stored
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, Parameter]]:

@@ -7,8 +7,12 @@ from typing import Any
 from transformers import Trainer
 
 from prefopt.trainers.dpo import DPOConfig, DPOTrainer
+from prefopt.trainers.drpo import DRPOConfig, DRPOTrainer
+from prefopt.trainers.hypo import HyPOConfig, HyPOTrainer
 from prefopt.trainers.inpo import INPOConfig, INPOTrainer
+from prefopt.trainers.nash_mp import NashMPConfig, NashMPTrainer
 from prefopt.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from prefopt.trainers.ppo import PPOConfig, PPOTrainer
 from prefopt.trainers.sft import SFTConfig, SFTTrainer
 
 # name in a recipe -> (config, trainer)
@@ -16,17 +20,29 @@ TRAINERS: dict[str, tuple[type[Any], type[Trainer]]] = {
     "sft": (SFTConfig, SFTTrainer),
     "dpo": (DPOConfig, DPOTrainer),
     "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
+    "hypo": (HyPOConfig, HyPOTrainer),
     "inpo": (INPOConfig, INPOTrainer),
+    "nash_mp": (NashMPConfig, NashMPTrainer),
+    "drpo": (DRPOConfig, DRPOTrainer),
+    "ppo": (PPOConfig, PPOTrainer),
 }
 
 __all__ = [
     "TRAINERS",
     "DPOConfig",
     "DPOTrainer",
+    "DRPOConfig",
+    "DRPOTrainer",
+    "HyPOConfig",
+    "HyPOTrainer",
     "INPOConfig",
     "INPOTrainer",
+    "NashMPConfig",
+    "NashMPTrainer",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "SFTConfig",
     "SFTTrainer",
 ]

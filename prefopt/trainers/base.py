@@ -31,6 +31,7 @@ from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.layout_check import layout_for
 from prefopt.rounds.storage import atomic_write, sync_tree
+from prefopt.trainers.guards import finite_error, not_finite, write_step
 
 logger = logging.getLogger(__name__)
 
@@ -129,10 +130,33 @@ class CompleteCheckpoints(Trainer):
         if self.args.should_save:  # an older run's marker must not vouch for what comes now
             (folder / COMPLETE_MARKER).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+        self.save_extra(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync_tree(folder)
             atomic_write(folder / COMPLETE_MARKER, json.dumps({"step": step}))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra(Path(checkpoint))
+
+    def save_extra(self, folder: Path) -> None:
+        """Adds what else an algorithm trains to a checkpoint; runs on every process.
+
+        Args:
+            folder: The checkpoint's, which counts only once this has returned everywhere.
+        """
+
+    def load_extra(self, folder: Path) -> None:
+        """Reads back what ``save_extra`` wrote; runs on every process of a resumed run.
+
+        Model, optimiser and schedule are loaded by then; ``before_training`` and the first step
+        are still to come.
+
+        Args:
+            folder: The checkpoint's.
+        """
 
 
 class TreeTrainer(CompleteCheckpoints):
@@ -179,7 +203,8 @@ class TreeTrainer(CompleteCheckpoints):
         self.model_accepts_loss_kwargs = True
         self._metrics: dict[str, _Averages] = {"train": _Averages(), "eval": _Averages()}
         self._tokens, self._clock = 0, time.perf_counter()
-        self.add_callback(_BeforeTraining(self))
+        self._step: list[tuple[dict[str, Any], Tensor]] = []  # micro-batches and their losses
+        self.add_callback(_Beginnings(self))
 
     def tree_losses(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -191,6 +216,21 @@ class TreeTrainer(CompleteCheckpoints):
             inputs: ``trees`` (a TreeBatch), ``index`` [trees], and the data set's columns.
         """
         raise NotImplementedError
+
+    def length_metrics(self, trees: TreeBatch) -> dict[str, Tensor]:
+        """Tokens of the completions; two of them are a pair, the chosen one first."""
+        lengths = trees.lengths.float()
+        if trees.num_completions != 2 * trees.num_trees:
+            return {"length/mean": lengths}
+        return {
+            "length/mean": lengths,
+            "length/chosen": lengths[0::2],
+            "length/rejected": lengths[1::2],
+        }
+
+    def add_metrics(self, values: dict[str, Tensor]) -> None:
+        """Averages values into the next line of the training log."""
+        self._metrics["train"].add(values)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -235,7 +275,7 @@ class TreeTrainer(CompleteCheckpoints):
         """The sum of losses over the number of trees in the global batch, times the ranks."""
         trees: TreeBatch = inputs["trees"]
         losses, metrics = self.tree_losses(model, inputs)
-        metrics |= _length_metrics(trees)
+        metrics |= self.length_metrics(trees)
         mode = "train" if model.training else "eval"
         if inputs.get("filler"):  # there so that all processes take the same steps, and log alike
             self._metrics[mode].add({name: value[:0] for name, value in metrics.items()})
@@ -252,6 +292,47 @@ class TreeTrainer(CompleteCheckpoints):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         count = torch.tensor(sum(b["trees"].num_trees for b in batch_samples), device=device)
         return self.accelerator.gather(count).sum()
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward pass; remembers the micro-batch for as long as its step lasts."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step.append((inputs, loss))
+        return loss
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """Every step comes by here once, between its last backward pass and the optimiser."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.scaler is not None  # its search for a scale overflows on purpose
+        self.check_finite(**({} if norm is None or scaled else {"gradient": norm}))
+        return norm
+
+    def check_finite(self, **norms: Tensor | float) -> None:
+        """Stops the run, on all processes together, before the optimiser takes a step.
+
+        Args:
+            **norms: Norms of gradients and their names; the losses of the step's micro-batches are
+                looked at as well. A further model's trainer hands in the norm of its own.
+
+        Raises:
+            PrefoptError: A loss or a norm is infinite or not a number. The step's micro-batches are
+                in ``OUTPUT_DIR/non-finite`` then, see :func:`prefopt.trainers.guards.write_step`.
+        """
+        found = not_finite(self.accelerator, [loss for _, loss in self._step], norms)
+        if not found:
+            return
+        output_dir, step = Path(self.args.output_dir), self.state.global_step + 1
+        path = output_dir / "non-finite" / f"step-{step:06d}-process-{self.args.process_index}.json"
+        write_step(path, step, found, norms, self._step)
+        checkpoint = last_complete_checkpoint(output_dir)
+        self.accelerator.wait_for_everyone()  # the first to fail has the launcher end the others
+        raise finite_error(step, found, path, checkpoint, self.args, self.compute_dtype)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 FLOPs per parameter and token, embeddings left out."""
@@ -303,17 +384,6 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _length_metrics(trees: TreeBatch) -> dict[str, Tensor]:
-    lengths = trees.lengths.float()
-    if trees.num_completions != 2 * trees.num_trees:
-        return {"length/mean": lengths}
-    return {
-        "length/mean": lengths,
-        "length/chosen": lengths[0::2],
-        "length/rejected": lengths[1::2],
-    }
-
-
 class _Averages:
     """Means of named values over rows, kept on the device until they are logged."""
 
@@ -342,10 +412,13 @@ class _Averages:
         return {name: (row[0] / row[1]).item() for name, row in zip(names, total, strict=True)}
 
 
-class _BeforeTraining(TrainerCallback):
+class _Beginnings(TrainerCallback):
     def __init__(self, trainer: TreeTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.before_training(resumed=state.global_step > 0)
         self.trainer._clock = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._step.clear()

@@ -107,21 +107,33 @@ class DPOTrainer(TreeTrainer):
                 "this data set has no reference log-probs: hand it in as train_dataset or "
                 "eval_dataset and call train(), which computes them"
             )
-        return dpo_losses(self.args, inputs, sequence_log_probs(model, inputs["trees"]))
+        return dpo_losses(
+            self.args,
+            sequence_log_probs(model, inputs["trees"]),
+            inputs["trees"].lengths,
+            reference=inputs.get("reference"),
+            p_chosen=inputs.get("p_chosen"),
+        )
 
 
 def dpo_losses(
-    args: DPOConfig, inputs: dict[str, Any], log_probs: Tensor
+    args: DPOConfig,
+    log_probs: Tensor,
+    lengths: Tensor,
+    *,
+    reference: Tensor | None,
+    p_chosen: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each pair that a config asks for, and its metrics, each [pairs].
 
     Args:
         args: The config.
-        inputs: A batch of pairs: ``trees``, and ``reference`` and ``p_chosen`` where there are any.
         log_probs: The policy's, [2 pairs], chosen and rejected in turn.
+        lengths: Tokens of each completion, [2 pairs].
+        reference: The reference's log-probs, [2 pairs]; None for a loss that needs none.
+        p_chosen: Soft labels, [pairs]; None: all 1.
     """
-    trees = inputs["trees"]
-    reference = inputs.get("reference", torch.zeros_like(log_probs))
+    reference = torch.zeros_like(log_probs) if reference is None else reference
     losses = pair_loss(
         args.loss_type,
         log_probs[0::2],
@@ -130,9 +142,9 @@ def dpo_losses(
         reference[1::2],
         beta=args.beta,
         label_smoothing=args.label_smoothing,
-        chosen_lengths=trees.lengths[0::2],
-        rejected_lengths=trees.lengths[1::2],
-        p_chosen=inputs.get("p_chosen"),
+        chosen_lengths=lengths[0::2],
+        rejected_lengths=lengths[1::2],
+        p_chosen=p_chosen,
         gamma=args.gamma,
         tau=args.discopop_tau,
     )

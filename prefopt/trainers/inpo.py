@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives import inpo_loss
 from prefopt.trainers.dpo import pair_metrics
-from prefopt.trainers.round_config import RoundConfig
-from prefopt.trainers.rounds import RoundTrainer
+from prefopt.trainers.pair_rounds import PairRoundConfig, PairRoundTrainer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class INPOConfig(RoundConfig):
+class INPOConfig(PairRoundConfig):
     """Keys of INPO.
 
     eta and tau are the values that public re-implementations give as the paper's. The loss is about
@@ -62,7 +61,7 @@ class INPOConfig(RoundConfig):
             self.reference, self.data_window = "initial", "this_round"
 
 
-class INPOTrainer(RoundTrainer):
+class INPOTrainer(PairRoundTrainer):
     """Trains on pairs of its own samples; see :class:`prefopt.trainers.rounds.RoundTrainer`."""
 
     frozen = ("reference", "previous")

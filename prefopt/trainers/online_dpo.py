@@ -16,12 +16,11 @@ from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives import HARD_LABELS_ONLY, needs_reference
 from prefopt.trainers.dpo import DPOConfig, dpo_losses
-from prefopt.trainers.round_config import RoundConfig
-from prefopt.trainers.rounds import RoundTrainer
+from prefopt.trainers.pair_rounds import PairRoundConfig, PairRoundTrainer
 
 
 @dataclass
-class OnlineDPOConfig(RoundConfig, DPOConfig):
+class OnlineDPOConfig(PairRoundConfig, DPOConfig):
     """Keys of rounds and of the DPO family.
 
     Learning rate 5e-7, beta 0.1, cosine with 3 % warm-up, 2 passes over the pairs of a round and
@@ -45,7 +44,7 @@ class OnlineDPOConfig(RoundConfig, DPOConfig):
             raise PrefoptError("loss_type 'sppo_soft' needs soft_labels: true")
 
 
-class OnlineDPOTrainer(RoundTrainer):
+class OnlineDPOTrainer(PairRoundTrainer):
     """Trains on pairs of its own samples; see :class:`prefopt.trainers.rounds.RoundTrainer`."""
 
     def __init__(self, model: nn.Module, args: OnlineDPOConfig, *rest: Any, **kwargs: Any) -> None:
@@ -56,4 +55,10 @@ class OnlineDPOTrainer(RoundTrainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair and the metrics of DPO."""
-        return dpo_losses(self.args, inputs, sequence_log_probs(model, inputs["trees"]))
+        return dpo_losses(
+            self.args,
+            sequence_log_probs(model, inputs["trees"]),
+            inputs["trees"].lengths,
+            reference=inputs.get("reference"),
+            p_chosen=inputs.get("p_chosen"),
+        )

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from prefopt.data.tree import PromptTree
+from prefopt.data.tree import PromptTree, TreeBatch
 from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.log_probs import (
@@ -82,6 +82,9 @@ def stored_log_probs(
     *,
     weights: AbstractContextManager[Any],
     moved: bool,
+    model: nn.Module | None = None,
+    read: Callable[[nn.Module, TreeBatch], Tensor] = sequence_log_probs,
+    sizes: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Reads log-probs under frozen weights, computing first what is not on disk.
 
@@ -91,15 +94,18 @@ def stored_log_probs(
         folder: Where they are kept; its name says what they depend on.
         weights: Gives the model those weights; entered only if something is missing.
         moved: Whether the weights are past, so that nothing can be computed any more.
+        model: The model; by default the trainer's.
+        read: The numbers of a batch; by default the sum of each completion's log-probs.
+        sizes: How many numbers each tree has; by default one a completion.
 
     Returns:
-        One float32 tensor [completions] a tree.
+        One float32 tensor [size] a tree.
 
     Raises:
         PrefoptError: Something is missing and the weights are past.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    shards = LogProbShards(folder, [len(tree.completions) for tree in trees])
+    shards = LogProbShards(folder, sizes or [len(tree.completions) for tree in trees])
     missing = shards.missing()
     accelerator.wait_for_everyone()  # no rank may write before all have seen what is missing
     if missing and moved:
@@ -108,7 +114,7 @@ def stored_log_probs(
             "folder, or delete the checkpoints to begin again"
         )
     if missing:
-        model = trainer.model_wrapped
+        model = model or trainer.model_wrapped
         model.eval()
         rows = sum(len(shards.trees_in(s)) for s in missing)
         with (
@@ -124,6 +130,7 @@ def stored_log_probs(
                 shards,
                 trees,
                 model,
+                read,
                 missing=missing,
                 layout=trainer.layout,
                 batch_size=args.per_device_eval_batch_size,

@@ -1,4 +1,4 @@
-"""Training in rounds: collect samples of the policy, judge them, pair them, optimise, begin again.
+"""Training in rounds: sample from the policy, have the samples judged, optimise, begin again.
 
 One call of ``train`` runs all rounds on one model, one optimiser and one series of checkpoints.
 transformers' loop asks for the micro-batches of one optimiser step at a time; a round is collected
@@ -13,10 +13,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +27,25 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 
-from prefopt.data.tokenize import TokenizedPrompts
+from prefopt.data.tokenize import TokenizedPrompts, occurrences
+from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
 from prefopt.rollout.engine import Completion, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
-from prefopt.rounds.collect import (
-    Collector,
-    collect_round,
-    is_collected,
-    read_round,
-    sampled_trees,
-)
-from prefopt.rounds.plan import plan_rounds, row_order
+from prefopt.rounds.collect import Ask, Collector
+from prefopt.rounds.plan import row_order
 from prefopt.rounds.storage import atomic_write, remove_partial
 from prefopt.rounds.store import read_lines, round_folder
-from prefopt.rounds.weights import load_trainable, save_trainable, weights_of
+from prefopt.rounds.weights import save_weights, trainable_weights
 from prefopt.trainers.base import TreeDataset, TreeTrainer
-from prefopt.trainers.reference import (
-    progress_bar,
-    report_initial_margins,
-    shared_fingerprint,
-    stored_log_probs,
-)
-from prefopt.trainers.round_config import (
-    RoundConfig,
-    adapter_facts,
-    check_sampling,
-    prompt_rows,
-    schedule,
-    settings_of,
-)
+from prefopt.trainers.reference import progress_bar, shared_fingerprint
+from prefopt.trainers.round_config import RoundConfig, adapter_facts, schedule, settings_of
+from prefopt.trainers.round_rows import rows_of
 
 logger = logging.getLogger(__name__)
 
-
-KL_PROMPTS = 256  # prompts whose first sample an estimate of KL takes
+SHOWN_PROMPTS = 64  # a bar for fewer would be gone before it is read
 
 
 @dataclass(frozen=True)
@@ -89,12 +71,15 @@ class OpenRound:
 
 
 class RoundTrainer(TreeTrainer):
-    """Base of the trainers that sample; an algorithm implements ``tree_losses`` on pairs.
+    """Base of the trainers that sample.
+
+    A subclass says what a round brings to disk (``ask``, ``is_collected``, ``collect``) and what is
+    trained on (``rows_of_round``, ``planned_rows``, ``round_dataset``).
 
     Args:
         model: The policy; as it is handed in, it is the ``initial`` policy.
         args: The algorithm's configuration.
-        train_dataset: Rows with a prompt (docs/data.md), or tokenised prompts.
+        train_dataset: Rows as the algorithm needs them (docs/data.md), or tokenised ones.
         judge: What judges the samples.
         sampling: How a prompt is sampled: several settings share its samples out, one after
             another (their ``seed`` and ``first_sample`` are set by the rounds).
@@ -105,8 +90,6 @@ class RoundTrainer(TreeTrainer):
     Raises:
         PrefoptError: Something is missing, or settings do not go together.
     """
-
-    frozen: tuple[str, ...] = ("reference",)  # log-probs a loss needs: reference, previous
 
     def __init__(
         self,
@@ -119,29 +102,21 @@ class RoundTrainer(TreeTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if train_dataset is None or judge is None or processing_class is None:
-            raise PrefoptError(
-                f"{type(self).__name__} needs train_dataset (prompts), judge and processing_class"
-            )
+        if train_dataset is None or processing_class is None:
+            raise PrefoptError(f"{type(self).__name__} needs train_dataset and processing_class")
+        check_judge(type(self).__name__, args.asks, judge)
+        self.judge = judge if args.asks else None
         parts = [sampling] if isinstance(sampling, SamplingSettings) else sampling
         self.sampling = list(parts or [SamplingSettings(samples_per_prompt=2)])
         self.samples_per_prompt = sum(part.samples_per_prompt for part in self.sampling)
         args = copy.copy(args)  # max_steps is this run's, not the caller's
         schedule(args, 1)  # refuses a schedule that needs more than the step
-        self.pairing = args.pairing_settings()
-        check_sampling(self.pairing, self.sampling)
+        args.check_sampling(self.sampling)
         longest = max(part.max_new_tokens for part in self.sampling)
-        self.prompts = prompt_rows(args, train_dataset, processing_class, longest)
-        self.plan = plan_rounds(
-            len(self.prompts),
-            rounds=args.rounds,
-            prompts_per_round=args.prompts_per_round,
-            seed=args.seed,
-        )
+        self.prompts = rows_of(args, train_dataset, processing_class, longest)
+        self.plan = args.plan(len(self.prompts))
         self.args = args  # transformers sets it too, but only after its number of steps is asked
-        micro_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.global_batch = micro_batch * args.world_size
-        self.planned_steps = [self._steps(pairs) for pairs in self._planned_pairs()]
+        self.planned_steps = [self._steps(rows) for rows in self.planned_rows()]
         planned = sum(self.planned_steps)
         args.max_steps = min(planned, args.max_steps) if args.max_steps > 0 else planned
         self.fingerprint = shared_fingerprint(model)  # before an adapter or a checkpoint
@@ -157,26 +132,83 @@ class RoundTrainer(TreeTrainer):
         engine = engine or TransformersEngine(
             self.model, processing_class, batch_size=args.generation_batch_size
         )
-        self.collector = Collector(
-            prompts=self.prompts,
-            engine=_InPrecisionOf(self, engine),
-            judge=judge,
-            sampling=self.sampling,
-            pairing=self.pairing,
-            redraws=args.redraws,
-            prompts_per_shard=args.prompts_per_shard,
-            seed=args.seed,
-        )
+        self.collector = self.make_collector(_InPrecisionOf(self, engine))
         self.current: OpenRound | None = None
         self.facts = self._facts(kwargs.get("peft_config"))
-        self.add_callback(_AfterRound(self))
+        self.add_callback(_AfterSteps(self))
+
+    # --- what an algorithm says ------------------------------------------------------------------
+
+    def ask(self) -> Ask | None:
+        """What the judge is asked about the samples of a round; None: nothing."""
+        raise NotImplementedError
+
+    def make_collector(self, engine: Engine) -> Collector:
+        """What every round is collected with."""
+        return Collector(
+            prompts=self.prompts,
+            occurrences=occurrences(self.prompts.prompt_ids),
+            engine=engine,
+            ask=self.ask(),
+            sampling=self.sampling,
+            prompts_per_shard=self.args.prompts_per_shard,
+            seed=self.args.seed,
+        )
+
+    def is_collected(self, folder: Path) -> bool:
+        """Whether a round is on disk to its end."""
+        raise NotImplementedError
+
+    def collect(self, index: int, folder: Path) -> dict[str, float]:
+        """Brings a round to disk, going on from what is there; returns the seconds it took."""
+        raise NotImplementedError
+
+    def planned_rows(self) -> list[int]:
+        """The rows each round trains on, as far as the plan can say."""
+        raise NotImplementedError
+
+    def rows_of_round(self, index: int) -> int:
+        """The rows that a collected round trains on."""
+        raise NotImplementedError
+
+    def round_dataset(self, index: int, moved: bool) -> TreeDataset:
+        """The rows of a collected round with their columns.
+
+        Args:
+            index: Number of the round.
+            moved: Whether the weights have moved since the round began, as in a resumed run.
+        """
+        raise NotImplementedError
+
+    def before_sampling(self, index: int) -> None:
+        """Runs as a round begins, before anything is sampled."""
+
+    def begin_training(self, index: int) -> dict[str, float]:
+        """Runs as a round begins, once it is collected; returns what is logged of it."""
+        return {}
+
+    def after_step(self) -> None:
+        """Runs after every optimiser step, before a checkpoint is written."""
+
+    def announce(self, opened: OpenRound, facts: dict[str, Any]) -> None:
+        """Says what a round begins with."""
+        self.log(facts)
+
+    def batch_columns(self, rows: np.ndarray) -> dict[str, Any]:
+        """Values that all micro-batches of a global batch share."""
+        return {}
+
+    @property
+    def uses_initial_weights(self) -> bool:
+        """Whether a later round needs the weights the run began with."""
+        raise NotImplementedError
 
     # --- the loop --------------------------------------------------------------------------------
 
     def before_training(self, resumed: bool) -> None:
         """Checks that the rounds on disk are this run's, and keeps the initial weights."""
         self.current, self.layout_chosen = None, False
-        self.pairs: list[int] = []  # of each round so far
+        self.reports_of: list[dict[str, Any]] = []  # of each round so far
         path, main = self.rounds_dir / "start.json", self.accelerator.is_main_process
         if path.exists():
             found = json.loads(path.read_text())
@@ -188,14 +220,14 @@ class RoundTrainer(TreeTrainer):
                 )
         if main:
             remove_partial(self.rounds_dir)
-        begun = path.exists() and self._initial_weights.exists()
-        if main and self._uses_initial_weights and not begun:
+        begun = path.exists() and self.initial_weights.exists()
+        if main and self.uses_initial_weights and not begun:
             if resumed:
                 raise PrefoptError(
-                    f"{self._initial_weights}: the weights this run began with are gone; restore "
+                    f"{self.initial_weights}: the weights this run began with are gone; restore "
                     "them, or delete the run folder to begin again"
                 )
-            save_trainable(self.accelerator.unwrap_model(self.model_wrapped), self._initial_weights)
+            save_weights(trainable_weights(self.policy), self.initial_weights)
         if main and not path.exists():
             atomic_write(path, json.dumps(self.facts, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
@@ -223,8 +255,8 @@ class RoundTrainer(TreeTrainer):
             self.current = self._open(index, start)
             self._set_learning_rate()
             self._clock = time.perf_counter()  # tokens a second are those of training
-        here = (step - self.current.start) * self.global_batch
-        rows = self.current.order[here : here + self.global_batch]
+        here = (step - self.current.start) * self.args.global_batch
+        rows = self.current.order[here : here + self.args.global_batch]
         return self._micro_batches(rows), torch.tensor(len(rows), device=device)
 
     def _micro_batches(self, rows: np.ndarray) -> list[dict[str, Any]]:
@@ -234,11 +266,12 @@ class RoundTrainer(TreeTrainer):
         """
         args, dataset = self.args, self.dataset
         own = np.array_split(rows, args.world_size)[args.process_index]
-        batches = []
+        batches, shared = [], self.batch_columns(rows)
         for number in range(args.gradient_accumulation_steps):
             size = args.per_device_train_batch_size
             part = own[number * size : (number + 1) * size]
             batch = self.collate([dataset[i] for i in (part if len(part) else rows[:1])])
+            batch |= shared
             batch["filler"] = len(part) == 0
             batches.append(send_to_device(batch, args.device))
         return batches
@@ -249,23 +282,17 @@ class RoundTrainer(TreeTrainer):
         """Brings a round to disk and, unless it is past, makes data and model ready for it."""
         args, folder = self.args, round_folder(self.rounds_dir, index)
         begins = self.state.global_step == start
-        if not begins and not is_collected(folder):
+        if not begins and not self.is_collected(folder):
             raise PrefoptError(
                 f"{folder}: this round is gone but its training has begun; restore the folder, or "
                 "delete the checkpoints to begin again"
             )
-        main = self.accelerator.is_main_process
-        seconds = collect_round(
-            self.collector,
-            folder,
-            index,
-            self.plan[index],
-            progress=lambda name, total: progress_bar(f"round {index + 1}: {name}", total, main),
-        )
+        if begins:
+            self.before_sampling(index)
+        seconds = self.collect(index, folder)
         (report,) = read_lines(folder / "round.json")
-        self.pairs.append(report["pairs"])
-        window = range(0 if args.data_window == "all_so_far" else index, index + 1)
-        rows = sum(self.pairs[k] for k in window)
+        self.reports_of.append(report)
+        rows = self.rows_of_round(index)
         order = row_order(
             rows,
             passes=args.num_train_epochs,
@@ -273,106 +300,35 @@ class RoundTrainer(TreeTrainer):
             seed=(args.seed, index),
         )
         opened = OpenRound(index, start, self._steps(rows), order)
-        kl: dict[str, float] = {}
+        facts: dict[str, float] = {}
         if self.state.global_step < opened.end:
-            self.dataset = self._dataset(index, window, moved=not begins)
-            if begins and index:
-                kl = self._kl(index)
-                self._begin_afresh()
+            self.dataset = self.round_dataset(index, moved=not begins)
+            if begins:
+                facts = self.begin_training(index)
+                if index and args.optimizer_state == "fresh":
+                    self.optimizer.state.clear()
         if index == len(self.plan) - 1:
             self.state.max_steps = min(args.max_steps, opened.end)
         if begins:
-            self._announce(opened, rows, report | seconds | kl)
-            if index == 0 and "reference" in self.frozen and rows:
-                report_initial_margins(self, self.dataset, beta=1.0)
+            self.announce(opened, report | seconds | facts)
         return opened
 
-    def _dataset(self, index: int, window: range, moved: bool) -> TreeDataset:
-        """The pairs of some rounds with their frozen log-probs."""
-        folders = {k: round_folder(self.rounds_dir, k) for k in window}
-        rounds = {k: read_round(folders[k], self.plan[k], self.prompts) for k in window}
-        if not self.layout_chosen:
-            self.choose_layout(next(r.trees for r in rounds.values() if r.trees))
+    def choose_layout_once(self, trees: Sequence[PromptTree]) -> None:
+        """Decides on the layout by the first rows there are."""
+        if trees and not self.layout_chosen:
+            self.choose_layout(trees)
             self.layout_chosen = True
-        labels = [p for collected in rounds.values() for p in collected.p_chosen]
-        columns: dict[str, Sequence[Any]] = {}
-        if self.args.soft_labels or any(p != 1.0 for p in labels):
-            columns["p_chosen"] = labels
-        policy = self.accelerator.unwrap_model(self.model_wrapped)
-        for name in self.frozen:
-            initial = index == 0 or (name == "reference" and self.args.reference == "initial")
-            values: list[Tensor] = []
-            for k, collected in rounds.items():
-                swap = initial and (index > 0 or moved)
-                values += stored_log_probs(
-                    self,
-                    collected.trees,
-                    folders[k] / "log_probs" / ("initial" if initial else f"policy-{index:04d}"),
-                    weights=weights_of(policy, self._initial_weights) if swap else nullcontext(),
-                    moved=moved and not initial,
-                )
-            columns[name] = values
-        trees = [tree for collected in rounds.values() for tree in collected.trees]
-        return TreeDataset(trees, columns)
 
-    def _kl(self, index: int) -> dict[str, float]:
-        """An estimate of the KL of the policy that sampled from the initial one, in nats."""
-        folder = round_folder(self.rounds_dir, index)
-        trees = sampled_trees(self.collector, folder, self.plan[index], limit=KL_PROMPTS)
-        if not trees or not self._uses_initial_weights:
-            return {}
-        policy = self.accelerator.unwrap_model(self.model_wrapped)
-        weights: dict[str, AbstractContextManager[Any]] = {
-            "policy": nullcontext(),
-            "initial": weights_of(policy, self._initial_weights),
-        }
-        own, initial = (
-            stored_log_probs(
-                self, trees, folder / "log_probs" / f"kl-{name}", weights=context, moved=False
-            )
-            for name, context in weights.items()
-        )
-        return {"kl": (torch.cat(own) - torch.cat(initial)).mean().item()}
-
-    def _begin_afresh(self) -> None:
-        """Weights and optimiser as a round asks for them, once it is collected."""
-        if self.args.initial_policy == "initial":
-            policy = self.accelerator.unwrap_model(self.model_wrapped)
-            load_trainable(policy, self._initial_weights)
-        if self.args.optimizer_state == "fresh":
-            self.optimizer.state.clear()
+    def progress(
+        self, index: int, name: str, total: int
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar for a part of the collecting of a round."""
+        show = self.accelerator.is_main_process and len(self.plan[index].prompts) >= SHOWN_PROMPTS
+        return progress_bar(f"round {index + 1}: {name}", total, show)
 
     def _steps(self, rows: int) -> int:
-        """Optimiser steps over so many pairs, all passes together."""
-        return math.ceil(math.ceil(rows * self.args.num_train_epochs) / self.global_batch)
-
-    def _announce(self, opened: OpenRound, rows: int, facts: dict[str, Any]) -> None:
-        """Says and logs what a round begins with."""
-        args = self.args
-        logger.info(
-            "round %d of %d: %d prompts x %d samples, %d pairs (ties: %d dropped, %d kept; "
-            "identical: %d); policy: %s; reference: %s; data: %s, %d pairs; optimiser: %s; "
-            "%d steps of %d pairs (%d x %d accumulated x %d processes)",
-            opened.index + 1,
-            len(self.plan),
-            facts["prompts"],
-            self.samples_per_prompt,
-            facts["pairs"],
-            facts["ties_dropped"],
-            facts["ties_kept"],
-            facts["identical"],
-            args.initial_policy,
-            args.reference,
-            args.data_window,
-            rows,
-            args.optimizer_state,
-            opened.steps,
-            self.global_batch,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.world_size,
-        )
-        self.log(facts)
+        """Optimiser steps over so many rows, all passes together."""
+        return math.ceil(math.ceil(rows * self.args.num_train_epochs) / self.args.global_batch)
 
     def reports(self) -> list[dict[str, Any]]:
         """Counts and means of every round so far, as their ``round.json`` say."""
@@ -424,38 +380,32 @@ class RoundTrainer(TreeTrainer):
     # --- what is handed in -----------------------------------------------------------------------
 
     @property
-    def _initial_weights(self) -> Path:
-        return self.rounds_dir / "initial"
+    def policy(self) -> nn.Module:
+        """The policy without the wrappers of training."""
+        return self.accelerator.unwrap_model(self.model_wrapped)
 
     @property
-    def _uses_initial_weights(self) -> bool:
-        reference = "reference" in self.frozen and self.args.reference == "initial"
-        return len(self.plan) > 1 and (reference or self.args.initial_policy == "initial")
+    def initial_weights(self) -> Path:
+        """Where the trained weights are kept that the run began with."""
+        return self.rounds_dir / "initial"
 
     def _facts(self, peft_config: Any) -> dict[str, Any]:
         """What the rounds on disk depend on; those of a run that differs are not this run's."""
-        judge = self.collector.judge
+        judge = self.judge
         model = getattr(judge, "model", None)  # a rule has none
         rule = getattr(getattr(judge, "function", None), "__qualname__", None)
         return {
             "weights": self.fingerprint,
             "adapter": None if peft_config is None else adapter_facts(peft_config),
-            "judge": " ".join(filter(None, (type(judge).__name__, rule))),
+            "judge": judge and " ".join(filter(None, (type(judge).__name__, rule))),
             "judge's weights": shared_fingerprint(model) if isinstance(model, nn.Module) else None,
             "prompts": self.prompts.fingerprint,
             "sampling": [asdict(part) for part in self.sampling],
             "plan": [len(planned.prompts) for planned in self.plan],
-            "global_batch": self.global_batch,
+            "global_batch": self.args.global_batch,
             "precision": str(self.compute_dtype),
             **settings_of(self.args),
         }
-
-    def _planned_pairs(self) -> list[int]:
-        """The pairs of every round's data if there are no ties."""
-        independent = self.pairing.pairing == "independent"
-        each = self.samples_per_prompt // 2 if independent else 1
-        pairs = [each * len(planned.prompts) for planned in self.plan]
-        return list(accumulate(pairs)) if self.args.data_window == "all_so_far" else pairs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the number of the round."""
@@ -475,14 +425,33 @@ class _InPrecisionOf:
             return self.engine.generate(*args, **kwargs)
 
 
-class _AfterRound(TrainerCallback):
-    """With the strategy ``epoch``, a checkpoint after every round, before the next is sampled."""
+class _AfterSteps(TrainerCallback):
+    """What an algorithm does after a step; with the strategy ``epoch``, a checkpoint after every
+    round, before the next is sampled.
+    """
 
     def __init__(self, trainer: RoundTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.after_step()
         current = self.trainer.current
         over = current is not None and state.global_step == current.end
         if over and args.save_strategy == "epoch" and state.global_step < state.max_steps:
             control.should_save = True  # after the last step transformers saves by itself
+
+
+def check_judge(name: str, asks: str | None, judge: Judge | None) -> None:
+    """Checks that a judge can answer what an algorithm asks.
+
+    Raises:
+        PrefoptError: There is none, or it only compares where scores are asked for.
+    """
+    if asks and judge is None:
+        raise PrefoptError(f"{name} needs a judge")
+    if asks == "score" and getattr(judge, "compares_only", False):
+        raise PrefoptError(
+            f"{name} needs a score of each answer by itself, but {type(judge).__name__} only "
+            "compares answers to one prompt; use a reward model or a rule, or an algorithm that "
+            "compares (online_dpo, inpo, nash_mp)"
+        )

@@ -1,0 +1,98 @@
+"""Resets to a dataset: samples that begin with a part of an offline answer.
+
+Dataset reset policy optimisation: Chang, Zhan et al., arXiv 2404.08495. A sample is reset with a
+given probability; the part of the answer it begins with has 1 to ``length - 1`` tokens, uniformly,
+so that a reset forces at least one token and leaves at least the last to the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TYPE_CHECKING
+
+from prefopt.rollout.engine import Completion, Engine, SamplingSettings, make_completion
+from prefopt.rounds.store import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Resets:
+    """How samples are reset.
+
+    Attributes:
+        answers: The offline answer of each row as token ids, its stop token included.
+        probability: That a sample is reset.
+        tokenizer: Decodes answers.
+        stop_token_ids: Tokens that end a completion.
+    """
+
+    answers: Sequence[Sequence[int]]
+    probability: float
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: Sequence[int]
+
+    def draw(
+        self,
+        engine: Engine,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+    ) -> list[list[Sample]]:
+        """Draws the samples of some rows; each is a whole answer, its forced tokens in front.
+
+        Args:
+            engine: Continues prompts.
+            rows: Rows of ``answers``.
+            prompts: Token ids of their prompts.
+            settings: ``max_new_tokens`` limits the whole answer.
+        """
+        samples: list[list[Sample]] = [[] for _ in rows]
+        for number in range(settings.samples_per_prompt):
+            one = replace(
+                settings, samples_per_prompt=1, first_sample=settings.first_sample + number
+            )
+            forced = [list(self.answers[row][: self._length(row, one)]) for row in rows]
+            begun = [[*prompt, *part] for prompt, part in zip(prompts, forced, strict=True)]
+            for group, part, [answer] in zip(
+                samples, forced, engine.generate(begun, one), strict=True
+            ):
+                whole = self._whole(part, answer, settings.max_new_tokens)
+                group.append(Sample(whole, settings.temperature, len(part)))
+        return samples
+
+    def _length(self, row: int, settings: SamplingSettings) -> int:
+        return reset_length(
+            f"{settings.seed}/{settings.first_sample}/{row}",
+            len(self.answers[row]),
+            probability=self.probability,
+            limit=settings.max_new_tokens,
+        )
+
+    def _whole(self, forced: list[int], answer: Completion, limit: int) -> Completion:
+        """The answer with its forced part, no longer than the limit."""
+        if not forced:
+            return answer
+        ids = [*forced, *answer.token_ids]
+        whole = make_completion(ids[:limit], self.stop_token_ids, self.tokenizer)
+        # what the sampler said of tokens past the limit cannot be told from the rest
+        return whole if len(ids) > limit else replace(whole, log_prob=answer.log_prob)
+
+
+def reset_length(key: str, length: int, *, probability: float, limit: int) -> int:
+    """How many tokens of an offline answer a sample begins with; 0 is no reset.
+
+    Args:
+        key: Seeds the choice.
+        length: Tokens of the answer, its stop token included.
+        probability: That the sample is reset at all.
+        limit: The most tokens an answer may have; what is beyond is not looked at.
+    """
+    source = Random(key)
+    length = min(length, limit)
+    if length < 2 or source.random() >= probability:
+        return 0
+    return source.randint(1, length - 1)

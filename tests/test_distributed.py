@@ -144,8 +144,8 @@ def fsdp():
     store = LogProbShards(folder / "fsdp", [len(t.completions) for t in trees], 6)
     missing = store.missing()
     dist.barrier()
-    fill_shards(store, trees, model, sequence_log_probs, missing=missing, layout=layout, batch_size=3, rank=rank,
-                world_size=2)
+    fill_shards(store, trees, model, sequence_log_probs, missing=missing, layout=layout,
+                batch_size=3, rank=rank, world_size=2)
     dist.barrier()
     stored = max((a - b).abs().max().item() for a, b in zip(store.load(), before, strict=True))
     losses = [

@@ -18,6 +18,8 @@ from prefopt.rounds.store import Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from prefopt.data.tokenize import Ragged
+
 
 @dataclass(frozen=True)
 class Resets:
@@ -30,7 +32,7 @@ class Resets:
         stop_token_ids: Tokens that end a completion.
     """
 
-    answers: Sequence[Sequence[int]]
+    answers: Ragged
     probability: float
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: Sequence[int]
@@ -55,7 +57,7 @@ class Resets:
             one = replace(
                 settings, samples_per_prompt=1, first_sample=settings.first_sample + number
             )
-            forced = [list(self.answers[row][: self._length(row, one)]) for row in rows]
+            forced = [self.answers[row][: self._length(row, one)] for row in rows]
             begun = [[*prompt, *part] for prompt, part in zip(prompts, forced, strict=True)]
             for group, part, [answer] in zip(
                 samples, forced, engine.generate(begun, one), strict=True

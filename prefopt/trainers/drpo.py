@@ -62,9 +62,12 @@ class DRPOTrainer(PPOTrainer):
         collector = super().make_collector(engine)
         if not self.args.reset_probability:
             return collector
-        pairs = isinstance(self.prompts, PromptedPairs)
-        answers = self.prompts.chosen_ids if pairs else self.prompts.completion_ids
-        probability, tokenizer = self.args.reset_probability, self.processing_class
-        return replace(
-            collector, resets=Resets(answers, probability, tokenizer, self.stop_token_ids)
+        resets = Resets(
+            self.prompts.chosen_ids
+            if isinstance(self.prompts, PromptedPairs)
+            else self.prompts.completion_ids,
+            self.args.reset_probability,
+            self.processing_class,
+            self.stop_token_ids,
         )
+        return replace(collector, resets=resets)

@@ -30,7 +30,7 @@ Rows = Literal["prompts", "pairs", "answers"]
 def parser_of(args: RoundConfig) -> Callable[..., Any]:
     """What reads a row of data for an algorithm in rounds."""
     if args.rows == "answers":
-        return partial(parse_answer, column=args.reset_column)  # type: ignore[attr-defined]
+        return partial(parse_answer, column=args.reset_column)
     return parse_pair if args.rows == "pairs" else parse_prompt_row
 
 

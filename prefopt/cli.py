@@ -125,7 +125,7 @@ def _count(text: str) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
-    _quiet_libraries()
+    quiet_libraries()
     from prefopt.quickstart import print_summary, quickstart
 
     names = [name.strip() for name in arguments.algorithms.split(",") if name.strip()]
@@ -136,7 +136,7 @@ def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
-    _quiet_libraries()
+    quiet_libraries()
     from prefopt.check import check, print_check
 
     result = check(arguments.recipe, arguments.overrides)
@@ -146,7 +146,7 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
-    _quiet_libraries()
+    quiet_libraries()
     from prefopt.train import read_recipe, train
 
     recipe = read_recipe(arguments.recipe, arguments.overrides)
@@ -157,7 +157,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    _quiet_libraries()
+    quiet_libraries()
     from prefopt.generate import generate_file
 
     result = generate_file(arguments)
@@ -170,7 +170,7 @@ def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _win_rate(arguments: argparse.Namespace) -> dict[str, Any]:
-    _quiet_libraries()
+    quiet_libraries()
     from prefopt.eval.compare import compare_files
 
     result = compare_files(
@@ -219,7 +219,7 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"report": str(path)}
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Our own messages on stderr, with the libraries' chatter and bars turned off."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     main_process = os.environ.get("RANK", "0") == "0"

@@ -7,8 +7,12 @@ joins by adding a recipe there.
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.cli import quiet_libraries
 from prefopt.data.rows import Message, Prompt, parse_prompt, validate
 from prefopt.data.sources import read_rows
 from prefopt.data.template import encode_prompt
@@ -43,7 +48,9 @@ from prefopt.world import (
     ideal_answer,
 )
 
-RECIPES = files("prefopt.recipes") / "quickstart"
+logger = logging.getLogger(__name__)
+
+RECIPES = Path(str(files("prefopt.recipes"))) / "quickstart"
 
 
 def available_algorithms() -> list[str]:
@@ -55,8 +62,8 @@ def available_algorithms() -> list[str]:
 def quickstart(out: str | Path, *, seed: int = 0, algorithms: Sequence[str] = ()) -> dict[str, Any]:
     """Trains and compares algorithms from one start; goes on where an earlier call stopped.
 
-    Everything is done twice: where answers have a true quality, and where preferences between
-    styles go round in a circle (``intransitive``).
+    Everything is done twice, side by side: where answers have a true quality, and where
+    preferences between styles go round in a circle (``intransitive``).
 
     Args:
         out: Folder of the run.
@@ -83,11 +90,19 @@ def quickstart(out: str | Path, *, seed: int = 0, algorithms: Sequence[str] = ()
     circle = folder / "intransitive"
     world = build_world(folder / "world", seed=seed)
     circular_world = build_world(circle / "world", seed=seed, intransitive=True)
-    sft = _stage("sft", folder / "sft", world.base, world.sft, seed)
     start = folder / "sft" / "final"
-    summary = {"seed": seed, **_compare(names, world, folder, start, seed, gold=True)}
+    with _two_processes() as pool:
+        sft = pool.submit(
+            _stage, RECIPES, "sft", folder / "sft", world.base, world.sft, seed
+        ).result()
+        common = (RECIPES, names, start, seed)
+        jobs = [
+            pool.submit(_compare, *common, world, folder, gold=True),
+            pool.submit(_compare, *common, circular_world, circle, gold=False),
+        ]
+        straight, circular = (job.result() for job in jobs)
+    summary = {"seed": seed, **straight, "intransitive": circular}
     summary["algorithms"]["sft"]["seconds"] = sft["seconds"]
-    summary["intransitive"] = _compare(names, circular_world, circle, start, seed, gold=False)
     for place, result in ((circle, summary["intransitive"]), (folder, summary)):
         atomic_write(place / "summary.json", json.dumps(result, indent=2) + "\n")
         write_report(place)
@@ -121,19 +136,45 @@ def _print_setting(console: Console, result: dict[str, Any], title: str, measure
             console.print(f"{name}: accuracy {judge['accuracy']:.3f}, ECE {judge['ece']:.3f}")
 
 
+def _two_processes() -> ProcessPoolExecutor:
+    """Two processes that share the cores: a model as small as this cannot fill them alone."""
+    cores = os.cpu_count() or 1
+    return ProcessPoolExecutor(
+        max_workers=min(2, cores),
+        mp_context=get_context("spawn"),
+        initializer=_begin_process,
+        initargs=(max(1, cores // 2),),
+    )
+
+
+def _begin_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.environ["TTY_COMPATIBLE"] = "0"  # bars of two processes would write over each other
+    quiet_libraries()
+
+
 def _compare(
-    names: Sequence[str], world: WorldPaths, folder: Path, start: Path, seed: int, gold: bool
+    recipes: Path,
+    names: Sequence[str],
+    start: Path,
+    seed: int,
+    world: WorldPaths,
+    folder: Path,
+    gold: bool,
 ) -> dict[str, Any]:
     """Trains the judges and the algorithms in one world, and measures the results."""
     stages: dict[str, dict[str, Any]] = {}
     for name in names:
-        judge = read_recipe(str(RECIPES / f"{name}.yaml")).judge
+        judge = read_recipe(recipes / f"{name}.yaml").judge
         if judge is not None and judge.kind not in stages:
             stages[judge.kind] = _stage(
-                judge.kind, folder / judge.kind, start, world.preferences, seed
+                recipes, judge.kind, folder / judge.kind, start, world.preferences, seed
             )
         path = None if judge is None else folder / judge.kind / "final"
-        stages[name] = _stage(name, folder / name, start, world.preferences, seed, judge=path)
+        stages[name] = _stage(
+            recipes, name, folder / name, start, world.preferences, seed, judge=path
+        )
+        logger.info("%s: %s took %.0f s", folder, name, stages[name]["seconds"])
     models = {"sft": start, **{name: folder / name / "final" for name in names}}
     algorithms = _evaluate(models, world, folder, seed, gold)
     for name in names:
@@ -143,7 +184,14 @@ def _compare(
 
 
 def _stage(
-    name: str, run: Path, model: Path, data: Path, seed: int, *, judge: Path | None = None
+    recipes: Path,
+    name: str,
+    run: Path,
+    model: Path,
+    data: Path,
+    seed: int,
+    *,
+    judge: Path | None = None,
 ) -> dict[str, Any]:
     overrides = {"seed": seed, "run_dir": run, "model.path": model, "data.path": data}
     if judge is not None:
@@ -151,7 +199,7 @@ def _stage(
     pairs = [
         f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in overrides.items()
     ]
-    return train(read_recipe(str(RECIPES / f"{name}.yaml"), pairs))
+    return train(read_recipe(recipes / f"{name}.yaml", pairs))
 
 
 def _evaluate(

@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from prefopt.data.template import encode_completion, encode_prompt
 from prefopt.recipe import Recipe
-from prefopt.train import ALGORITHMS, make_config, read_recipe, train
+from prefopt.train import ALGORITHMS, in_rounds, make_config, read_recipe, train
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
 # those of the quickstart are run by `prefopt quickstart`, which sets their paths
 BY_HAND = [path for path in RECIPES if path.parent.name != "quickstart"]
 REAL = [path for path in BY_HAND if path.parent.name != "examples"]
-LLAMA = [path for path in REAL if path.parent.name == "llama3-8b"]
-IN_ROUNDS = [path for path in REAL if path.stem in ("online_dpo", "inpo")]
+# those whose header says where each value comes from; of the small twins all are ours
+PUBLISHED = [path for path in REAL if path.parent.name != "qwen2.5-0.5b"]
+IN_ROUNDS = [path for path in REAL if in_rounds(read_recipe(path).trainer.algorithm)]
 HH = Path("../shared/data/hh/hh_harmless_1899.jsonl.gz")
 
 
@@ -120,7 +121,7 @@ def test_rlhf_workflow_has_the_settings_of_the_paper(
     assert args.lr_scheduler_type == "cosine"
 
 
-@pytest.mark.parametrize("path", LLAMA, ids=str)
+@pytest.mark.parametrize("path", PUBLISHED, ids=str)
 def test_every_setting_of_a_published_recipe_names_its_source(path: Path) -> None:
     sources = ("published", "released scripts", "re-implementation", "our choice")
     _, body = path.read_text().split("\ntrainer:\n")
@@ -128,6 +129,69 @@ def test_every_setting_of_a_published_recipe_names_its_source(path: Path) -> Non
     for line in body.splitlines():
         if not line.strip().startswith(housekeeping):
             assert any(source in line for source in sources), line
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "settings"),
+    [
+        ("sft", 64, {"learning_rate": 3e-6, "num_train_epochs": 1}),
+        ("reward_model", 64, {"learning_rate": 3e-6, "num_train_epochs": 1}),
+        (
+            "drpo",
+            512,
+            {
+                "learning_rate": 3e-6,
+                "adam_epsilon": 1e-5,
+                "num_train_epochs": 4,
+                "rounds": 1953,
+                "reset_probability": 1.0,
+                "reset_column": "completion",
+                "kl_coef": 0.05,
+                "clip": 0.2,
+                "value_clip": 0.2,
+                "vf_coef": 0.1,
+                "gae_gamma": 1.0,
+                "gae_lambda": 0.95,
+                "missing_eos_score": -1.0,
+            },
+        ),
+    ],
+)
+def test_dr_po_has_the_settings_of_its_paper_and_code(
+    name: str, batch: int, settings: dict[str, Any]
+) -> None:
+    """arXiv 2404.08495v3; Cornell-RL/tril."""
+    path = Path(f"recipes/drpo/tldr-pythia-2.8b/{name}.yaml")
+    for command in commands(path):
+        assert global_batch(path, command) == batch
+    args = make_config(read_recipe(path))
+    assert {key: getattr(args, key) for key in settings} == settings
+    assert args.lr_scheduler_type == "linear"
+
+
+@pytest.mark.parametrize("size", ["1.4b", "2.8b"])
+def test_ppo_on_tldr_is_dr_po_without_resets(size: str) -> None:
+    drpo, ppo = (
+        read_recipe(f"recipes/drpo/tldr-pythia-{size}/{name}.yaml") for name in ("drpo", "ppo")
+    )
+    resets = {"reset_probability", "reset_column"}
+    shared = {k: v for k, v in drpo.trainer.options.items() if k not in resets}
+    assert ppo.trainer.options == shared
+    assert (ppo.model, ppo.data, ppo.judge, ppo.rollout) == (
+        drpo.model,
+        drpo.data,
+        drpo.judge,
+        drpo.rollout,
+    )
+
+
+@pytest.mark.parametrize("method", ["drpo", "hypo"])
+def test_the_two_sizes_on_tldr_differ_in_the_model_alone(method: str) -> None:
+    large, small = (Path(f"recipes/{method}/tldr-pythia-{size}") for size in ("2.8b", "1.4b"))
+    for path in sorted(large.iterdir()):
+        twin = read_recipe(small / path.name).resolved()
+        as_twin = str(read_recipe(path).resolved()).replace("2.8b", "1.4b")
+        assert as_twin == str(twin)
 
 
 def paths_of(recipe: Recipe) -> set[str]:

@@ -78,6 +78,15 @@ def distinct_prompts(count: int) -> list[Prompt]:
 
 
 PROMPTS = distinct_prompts(24)
+STOPS = [TOKENIZER.eos_token_id, *range(8, len(TOKENIZER), 5)]
+WORDS = [TOKENIZER.decode(i) for i in range(8, len(TOKENIZER) - 20) if i not in STOPS]
+
+
+def pair_of(prompt: Prompt) -> dict[str, Any]:
+    """A row with two offline answers of one to eight words, which depend on the prompt alone."""
+    source = Random(json.dumps(prompt))
+    words = [source.sample(WORDS, source.randint(1, 8)) for _ in range(2)]
+    return {"prompt": prompt, "chosen": " ".join(words[0]), "rejected": " ".join(words[1])}
 
 
 def tiny_policy(seed: int = 0) -> LlamaForCausalLM:
@@ -94,6 +103,13 @@ def tiny_policy(seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=TOKENIZER.pad_token_id,
     )
     return sharpen(LlamaForCausalLM(config), 3.0)
+
+
+def brief_policy() -> LlamaForCausalLM:
+    """A tiny policy whose answers differ in length: a fifth of its tokens end them."""
+    model = tiny_policy()
+    model.generation_config.eos_token_id = STOPS
+    return model
 
 
 def number(text: str) -> int:
@@ -127,6 +143,7 @@ def make_trainer(
     judge: Judge | None = None,
     sampling: Any = TWO,
     prompts: Sequence[Prompt] = PROMPTS[:12],
+    rows: Sequence[dict[str, Any]] | None = None,
     engine: Any = None,
     callbacks: Any = (),
     peft_config: Any = None,
@@ -138,7 +155,7 @@ def make_trainer(
     return (trainer_class or default_class)(
         model or tiny_policy(),
         config_class(output_dir=str(output_dir), **settings),
-        train_dataset=[{"prompt": prompt} for prompt in prompts],
+        train_dataset=[pair_of(prompt) for prompt in prompts] if rows is None else rows,
         judge=judge or Graded(fine),
         sampling=sampling,
         engine=engine,

@@ -32,6 +32,7 @@ from test_rounds import (
     Graded,
     Make,
     Stopped,
+    brief_policy,
     coarse,
     contents,
     equal,
@@ -157,6 +158,124 @@ def test_every_kind_of_round_can_be_interrupted(make: Make, options: dict[str, A
     resumed = make("stopped", **options)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert equal(weights(whole.model), weights(resumed.model))
+
+
+# rounds of two steps and two passes: four steps on eight prompts
+SAMPLE_ROUNDS: dict[str, dict[str, Any]] = {
+    "hypo": {"algorithm": "hypo", "kl_weight": 0.1},
+    "ema": {"algorithm": "nash_mp"},
+    "mirror_prox": {"algorithm": "nash_mp", "mode": "mirror_prox", "phase_rounds": 2},
+    "drpo": {"algorithm": "drpo", "reset_probability": 0.5},
+    "ppo": {"algorithm": "ppo", "offline_value_weight": 0.5, "critic_warmup_rounds": 1},
+}
+FOUR_STEPS = {"steps_per_round": 2, "rounds": 4, "lr_scheduler_type": "linear"}
+
+
+def all_weights(trainer: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Of everything that a run trains or keeps."""
+    critic = getattr(trainer, "critic", None)
+    more = {} if critic is None else {"critic": weights(critic)}
+    return {"policy": weights(trainer.model), **trainer.kept, **more}
+
+
+def lines_of_log(trainer: RoundTrainer) -> list[dict[str, Any]]:
+    """The log without what tells the time, or the share of the run since it went on."""
+    timed = ("time/", "tokens_per_second", "epoch")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(timed)}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
+
+
+@pytest.fixture
+def make_brief(make: Make) -> Make:
+    """Makes trainers of policies whose answers differ in length."""
+    return lambda run, **options: make(run, model=brief_policy(), **options)
+
+
+@pytest.fixture(scope="module")
+def whole_on_samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RoundTrainer]:
+    """Uninterrupted runs, by kind."""
+    folder, runs = tmp_path_factory.mktemp("whole"), {}
+    for kind, options in SAMPLE_ROUNDS.items():
+        runs[kind] = make_trainer(folder / kind, model=brief_policy(), **FOUR_STEPS, **options)
+        runs[kind].train()
+    return runs
+
+
+@pytest.mark.parametrize("kind", SAMPLE_ROUNDS)
+@pytest.mark.parametrize(
+    ("saved", "step", "last"),  # phases of mirror prox are eight steps
+    [
+        (3, 1, None),  # from the beginning, with a round on disk
+        (3, 5, 3),  # from inside a round that has ended by then
+        (3, 7, 6),  # from inside a round
+        (3, 8, 6),  # a phase has just begun
+        (4, 8, 8),  # between two phases
+        (5, 14, 10),  # in the second phase
+    ],
+)
+def test_an_interrupted_run_on_samples_ends_like_an_uninterrupted_one(
+    make_brief: Make,
+    whole_on_samples: dict[str, RoundTrainer],
+    kind: str,
+    saved: int,
+    step: int,
+    last: int | None,
+) -> None:
+    options = {**FOUR_STEPS, **SAMPLE_ROUNDS[kind], "save_strategy": "steps", "save_steps": saved}
+    checkpoint = interrupted(make_brief, "stopped", step, **options)
+    assert (checkpoint and int(checkpoint.rsplit("-", 1)[1])) == last
+    resumed, whole = make_brief("stopped", **options), whole_on_samples[kind]
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert whole.state.global_step == resumed.state.global_step == 16
+    expected, found = all_weights(whole), all_weights(resumed)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not equal(expected[name], found[name])] == []
+    assert contents(whole.rounds_dir) == contents(resumed.rounds_dir)
+    assert lines_of_log(whole) == lines_of_log(resumed)
+
+
+@pytest.mark.parametrize("kind", SAMPLE_ROUNDS)
+def test_an_interrupted_adapter_ends_like_an_uninterrupted_one(make_brief: Make, kind: str) -> None:
+    adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    options = {**FOUR_STEPS, **SAMPLE_ROUNDS[kind], **saved, "peft_config": adapter}
+    whole = make_brief("whole", **options)
+    whole.train()
+    checkpoint = interrupted(make_brief, "stopped", 10, **options)
+    assert checkpoint is not None
+    assert checkpoint.endswith("-9")
+    resumed = make_brief("stopped", **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    expected, found = all_weights(whole), all_weights(resumed)
+    assert [name for name in expected if not equal(expected[name], found[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "gone", "message"),
+    [
+        ("mirror_prox", "kept/half", "weights this run goes on with are gone"),
+        ("ema", "kept/target", "weights this run goes on with are gone"),
+        ("drpo", "critic", "weights this run goes on with are gone"),
+        ("ppo", "../rounds/0001/log_probs/critic", "its weights have moved"),
+        ("drpo", "../rounds/0001/log_probs/policy", "its weights have moved"),
+        ("ema", "../rounds/0001/log_probs/target", "its weights have moved"),
+        ("hypo", "../rounds/0001/draw-0", "cannot be read"),
+        ("hypo", "../rounds/0001", "this round is gone but its training has begun"),
+        ("ppo", "../rounds/initial", "weights this run began with are gone"),
+    ],
+)
+def test_what_a_run_on_samples_goes_on_with_is_missed(
+    make_brief: Make, kind: str, gone: str, message: str
+) -> None:
+    options = {**FOUR_STEPS, **SAMPLE_ROUNDS[kind], **EVERY_TWO_STEPS}
+    checkpoint = interrupted(make_brief, "run", 7, **options)
+    assert checkpoint is not None
+    shutil.rmtree(Path(checkpoint) / gone)
+    with pytest.raises(PrefoptError, match=message):
+        make_brief("run", **options).train(resume_from_checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("fails", ["judge", "engine"])
@@ -370,23 +489,53 @@ def phase(run: Path, began: int, prompts: int = 50, shard: int = 2) -> str:
     return "optimising"
 
 
+# of algorithms whose rounds are a step by default
+ROUNDS_OF_50 = {"prompts_per_round": 50, "num_train_epochs": 1}
+
+
+def beside_the_policy(run: Path) -> dict[str, bytes]:
+    """What the last checkpoint holds of critic, target and half step."""
+    last = last_complete_checkpoint(run / "checkpoints")
+    assert last is not None
+    found = contents(last)
+    return {name: found[name] for name in found if name.startswith(("kept/", "critic/"))}
+
+
 # over 20 s: every process imports torch and transformers, and is killed at a random moment
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("algorithm", "judge", "saved", "kills"),
+    ("algorithm", "judge", "saved", "kills", "keys"),
     [
-        ("online_dpo", "reward_model", "steps", 10),
-        ("inpo", "preference_model", "epoch", 4),
+        ("online_dpo", "reward_model", "steps", 10, {}),
+        ("inpo", "preference_model", "epoch", 4, {}),
+        ("hypo", None, "steps", 4, ROUNDS_OF_50 | {"kl_weight": 0.1}),
+        ("nash_mp", "preference_model", "steps", 4, ROUNDS_OF_50),
+        (
+            "nash_mp",
+            "reward_model",
+            "steps",
+            4,
+            ROUNDS_OF_50 | {"rounds": 4, "mode": "mirror_prox", "phase_rounds": 1},
+        ),
+        ("drpo", "reward_model", "steps", 4, ROUNDS_OF_50 | {"reset_probability": 0.7}),
     ],
+    ids=["online_dpo", "inpo", "hypo", "nash_mp", "mirror_prox", "drpo"],
 )
 def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
-    recipe: Path, tmp_path: Path, algorithm: str, judge: str, saved: str, kills: int
+    recipe: Path,
+    tmp_path: Path,
+    algorithm: str,
+    judge: str | None,
+    saved: str,
+    kills: int,
+    keys: dict[str, Any],
 ) -> None:
     path = recipe.parent / ("reward_model" if judge == "reward_model" else "world/base")
     overrides = [
         f"trainer.algorithm={algorithm}",
         f"trainer.save_strategy={saved}",
-        f"judge={{kind: {judge}, path: {path}}}",
+        f"judge={{kind: {judge}, path: {path}}}" if judge else "judge=null",
+        *(f"trainer.{key}={value}" for key, value in keys.items()),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(recipe, whole, *overrides)
@@ -415,6 +564,7 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
     a, b = (load_file(run / "final" / "model.safetensors") for run in (whole, killed))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert beside_the_policy(killed) == beside_the_policy(whole)
     losses = [
         [(row["step"], row["loss"]) for row in read_lines(run / "metrics.jsonl") if "loss" in row]
         for run in (whole, killed)
@@ -426,7 +576,8 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
 
 # --- two processes -------------------------------------------------------------------------------
 
-# steps of eight pairs; INPO has nine in a round, so that one process has none of the last step's
+# steps of eight rows; all but one have nine in a round, so that one process has none of the last
+# step's
 TOGETHER: dict[str, dict[str, Any]] = {
     "online_dpo": {
         "judge": Graded(coarse),
@@ -435,6 +586,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     "inpo": {"judge": Graded(fine), "prompts": PROMPTS[:18], "eta": 0.1, "tau": 0.03},
+    "hypo": {"prompts": PROMPTS[:18], "prompts_per_round": 9, "kl_weight": 0.1},
+    "nash_mp": {"prompts": PROMPTS[:18], "prompts_per_round": 9, "kappa": 0.5},
+    "ppo": {"prompts": PROMPTS[:18], "prompts_per_round": 9, "offline_value_weight": 0.5},
 }
 COMMON: dict[str, Any] = {
     "prompts_per_shard": 2,
@@ -461,7 +615,7 @@ os._exit(0)  # gloo's threads sometimes abort while the interpreter shuts down
 
 
 def train_together(folder: Path, processes: int) -> dict[str, RoundTrainer]:
-    """Trains both algorithms at a global batch of eight."""
+    """Trains every algorithm at a global batch of eight."""
     trainers = {}
     for algorithm, options in TOGETHER.items():
         micro = 8 // processes // options.get("gradient_accumulation_steps", 1)
@@ -490,7 +644,8 @@ def test_two_processes_sample_and_train_as_one_does(tmp_path: Path) -> None:
         assert one.keys() == two.keys()
         lines = [name for name in one if name.endswith((".jsonl", "round.json"))]
         rollouts = [name for name in one if name.endswith(".parquet")]
-        assert len(lines + rollouts) >= 2 * (9 + 2), "five shards of samples and of judgements"
+        files = 1 if algorithm == "hypo" else 2  # whose samples are not judged
+        assert len(lines + rollouts) >= 2 * (5 * files + 1), "five shards of each kind in a round"
         assert {name: one[name] for name in lines} == {name: two[name] for name in lines}
         for name in rollouts:  # all but the log-probs, which differ by rounding like the losses
             both = [tmp_path / n / algorithm / "rounds" / name for n in ("one", "two")]

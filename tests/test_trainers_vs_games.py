@@ -7,128 +7,44 @@ exactly: a wrong sign, a wrong anchor or a stale policy gives other iterates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from matrix_players import (
+    ACTIONS,
+    BRADLEY_TERRY,
+    CYCLE,
+    HIDDEN,
+    MU,
+    REWARDS,
+    MatrixJudge,
+    StratifiedEngine,
+    differences,
+    make_policy,
+    make_tokenizer,
+    probabilities,
+    sigmoid,
+)
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from prefopt.games import Game, mixture, policies
 from prefopt.games.game import Array
 from prefopt.objectives import inpo_loss, pair_loss
 from prefopt.reward_models import RuleJudge
-from prefopt.rollout.engine import Completion, SamplingSettings, make_completion
+from prefopt.rollout.engine import SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.trainers.inpo import INPOConfig, INPOTrainer
 from prefopt.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from prefopt.trainers.rounds import RoundTrainer
 
-ACTIONS = ("a", "b", "c")
-HIDDEN = 8
-MU = np.array([0.5, 0.3, 0.2])
-CYCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])  # a beats b beats c beats a
-REWARDS = np.array([0.0, 0.3, -0.2])
 # With samples in exact proportion: 400 pairs hold each pair of actions to within 1/400, which moves
 # an iterate by about 1e-3; a wrong anchor or sign moves it by 0.024 to 0.37.
 TOLERANCE = 3e-3
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def differences(values: Array) -> Array:
-    """``values[i] - values[j]``, [actions, actions]."""
-    return np.subtract.outer(values, values)
-
-
-BRADLEY_TERRY = sigmoid(differences(REWARDS))
-
-
-# --- the player ----------------------------------------------------------------------------------
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = [*ACTIONS, "play", "<eos>", "<unk>", *map(str, range(10))]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-
-
-def make_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama that answers "play" with the probabilities mu and has no other answers."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config).requires_grad_(False)
-    model.model.layers[0].self_attn.o_proj.weight.zero_()  # the last token alone decides
-    model.lm_head = nn.Linear(HIDDEN, len(ACTIONS), bias=False)
-    ids = torch.tensor([[tokenizer.convert_tokens_to_ids("play")]])
-    state = model.model(input_ids=ids).last_hidden_state[0, -1]
-    logits = torch.tensor(np.log(MU), dtype=torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(torch.outer(logits, state) / (state @ state))
-    return model
-
-
-@torch.no_grad()
-def probabilities(model: nn.Module, prompt: Sequence[int]) -> Array:
-    """Of the answers to a prompt, by the model as it is now, [actions]."""
-    logits = model(input_ids=torch.tensor([list(prompt)])).logits[0, -1]
-    return logits.double().softmax(-1).numpy()
-
-
-class StratifiedEngine:
-    """Samples whose pairs (0, 1), (2, 3), ... occur as often as pi x pi says, up to one of each.
-
-    pi is read from the model at the time of the call.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, **_: Any
-    ) -> list[list[Completion]]:
-        policy = probabilities(self.model, prompts[0])
-        count = len(prompts) * settings.samples_per_prompt // 2
-        cumulative = np.cumsum(np.outer(policy, policy))
-        cells = np.searchsorted(cumulative[:-1], (np.arange(count) + 0.5) / count)
-        np.random.default_rng(settings.seed).shuffle(cells)
-        actions = np.stack(np.divmod(cells, len(policy)), axis=1).reshape(len(prompts), -1)
-        return [
-            [make_completion([action], [], self.tokenizer) for action in row]
-            for row in actions.tolist()
-        ]
-
-
-class MatrixJudge:
-    """``P(a beats b)`` is an entry of a payoff matrix."""
-
-    def __init__(self, payoff: Array) -> None:
-        self.payoff = payoff
-
-    def prefer(self, prompts: Any, a: Sequence[str], b: Sequence[str]) -> Array:
-        return self.payoff[[ACTIONS.index(x) for x in a], [ACTIONS.index(x) for x in b]]
-
-    def score(self, prompts: Any, completions: Sequence[str]) -> Array:
-        raise AssertionError("independent pairs are compared, not scored")
 
 
 class AtRoundEnds(TrainerCallback):
@@ -170,7 +86,7 @@ def play(tmp_path: Path) -> Play:
         **options: Any,
     ) -> tuple[Array, RoundTrainer]:
         tokenizer = make_tokenizer()
-        model = make_policy(tokenizer)
+        model = make_policy({"play": np.log(MU)})
         config: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"),
             "prompts_per_round": prompts,
@@ -300,7 +216,7 @@ def test_the_comparison_finds_a_wrong_anchor_or_sign(
 
 def test_the_comparison_finds_a_stale_sampler(play: Play) -> None:
     def stale(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> StratifiedEngine:
-        return StratifiedEngine(make_policy(tokenizer), tokenizer)
+        return StratifiedEngine(make_policy({"play": np.log(MU)}), tokenizer)
 
     judge = MatrixJudge(CYCLE)
     found, _ = play(INPOTrainer, judge, tau=0.1, engine=stale, **INPO | FEWER_PAIRS)

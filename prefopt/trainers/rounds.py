@@ -252,9 +252,10 @@ class RoundTrainer(TreeTrainer):
                 if step == 0:
                     logger.warning("no round gave a pair to train on: the policy is as it was")
                 return [], None
+            begun = time.perf_counter()
             self.current = self._open(index, start)
             self._set_learning_rate()
-            self._clock = time.perf_counter()  # tokens a second are those of training
+            self._clock += time.perf_counter() - begun  # tokens a second are those of training
         here = (step - self.current.start) * self.args.global_batch
         rows = self.current.order[here : here + self.args.global_batch]
         return self._micro_batches(rows), torch.tensor(len(rows), device=device)

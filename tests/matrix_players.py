@@ -25,7 +25,6 @@ HIDDEN = 8
 MU = np.array([0.5, 0.3, 0.2])
 CYCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])  # a beats b beats c beats a
 REWARDS = np.array([0.0, 0.3, -0.2])
-GOLDEN = (5**0.5 - 1) / 2
 
 
 def sigmoid(x: Array) -> Array:
@@ -106,8 +105,7 @@ class StratifiedEngine:
     """Samples whose pairs (0, 1), (2, 3), ... occur as often as pi x pi says, up to one of each.
 
     pi, over whole answers of ``max_new_tokens`` actions, is read from the model at the time of the
-    call. Where samples of an opponent follow, their pairs are spread evenly over the first ones'.
-    A sample by itself is one of a pair of prompts.
+    call. Where a prompt has one sample, two prompts make a pair.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -132,13 +130,8 @@ class StratifiedEngine:
         count = prompts * settings.samples_per_prompt // 2
         cumulative = np.cumsum(np.outer(policy, policy))
         cells = np.searchsorted(cumulative[:-1], (np.arange(count) + 0.5) / count)
-        order = np.random.default_rng(settings.seed).permutation(count)
-        if settings.first_sample:
-            stride = round(GOLDEN * count)
-            while np.gcd(stride, count) > 1:
-                stride += 1
-            order = order * stride % count
-        drawn = np.stack(np.divmod(cells[order], len(policy)), axis=1).reshape(prompts, -1)
+        np.random.default_rng(settings.seed).shuffle(cells)
+        drawn = np.stack(np.divmod(cells, len(policy)), axis=1).reshape(prompts, -1)
         return [
             [make_completion(answers[answer], [], self.tokenizer) for answer in row]
             for row in drawn.tolist()
@@ -153,6 +146,23 @@ class StratifiedEngine:
             policy = (policy[:, None] * after).ravel()
             answers = [[*answer, a] for answer in answers for a in range(len(after[0]))]
         return answers, policy
+
+
+class ProportionalEngine(StratifiedEngine):
+    """Samples of each prompt, n of them, in the proportions of pi itself, up to one of each.
+
+    They are no independent samples: what they differ from the mean of the others by is n / (n - 1)
+    of what they differ from their mean by.
+    """
+
+    def _draw(
+        self, prompt: Sequence[int], prompts: int, settings: SamplingSettings
+    ) -> list[list[Completion]]:
+        answers, policy = self._answers(prompt, settings.max_new_tokens)
+        count = settings.samples_per_prompt
+        drawn = np.searchsorted(np.cumsum(policy)[:-1], (np.arange(count) + 0.5) / count)
+        group = [make_completion(answers[answer], [], self.tokenizer) for answer in drawn]
+        return [group] * prompts
 
 
 class MatrixJudge:

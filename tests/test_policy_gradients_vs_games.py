@@ -24,6 +24,7 @@ from matrix_players import (
     MU,
     REWARDS,
     MatrixJudge,
+    ProportionalEngine,
     StratifiedEngine,
     head_of,
     logit_gradient,
@@ -63,7 +64,7 @@ TARGET = np.array([0.45, 0.32, 0.23])
 # Pairs of answers of POLICY, and of MU, are whole numbers in 400: there the samples are exact and
 # what is left is float32.
 EXACT = {"prompts": 400, "samples": 2}
-FLOAT32 = 2e-7
+FLOAT32 = 1e-6
 
 CONFIGS = {
     HyPOTrainer: HyPOConfig,
@@ -203,7 +204,8 @@ def tokenized_prompts(prompts: int) -> dict[str, Any]:
 
 
 def distance(found: Any, exact: Any) -> float:
-    d = float(np.abs(np.asarray(found) - np.asarray(exact)).max()); print('DIST', d)
+    d = float(np.abs(np.asarray(found) - np.asarray(exact)).max())
+    print("DIST", d)
     return d
 
 
@@ -411,7 +413,7 @@ def nash_mp_gradient(train: Train, **options: Any) -> Array:
 def test_nash_mp_has_the_gradient_of_the_game(
     options: dict[str, Any], exact: list[float], train: Train
 ) -> None:
-    assert distance(nash_mp_gradient(train, **options), exact) < 5.1e-7 + FLOAT32
+    assert distance(nash_mp_gradient(train, **options), exact) < FLOAT32
 
 
 def test_nash_mp_with_a_frozen_target_is_a_heavier_beta(train: Train) -> None:
@@ -518,7 +520,7 @@ def test_a_forced_token_is_not_learned_and_the_next_one_is(train: Train) -> None
         **PLAIN,
     )
     found = notes.gradients[0][:, 1]
-    assert abs(found[0]) < 1e-9
+    assert abs(found[0]) < 1e-5, "the head's gradient tells the three logits apart to within this"
     for n, (word, share) in enumerate({"a": with_a, "b": 1 - with_a}.items(), start=1):
         p, q = (1 / (1 + np.exp(-logits[n])) for logits in (TREE, TREE_REFERENCE))
         yes = scores[f"{word} b"] - 0.2 * np.log(p / q)
@@ -605,7 +607,7 @@ def random_game(beta: float) -> Game:
 
 
 def test_a_slow_target_converges_where_plain_self_play_does_not(train: Train) -> None:
-    """200 steps each of the same size, which takes 20 s."""
+    """The gaps of exact gradients after 20, 100 and 200 equal steps, which take about 15 s."""
     game = random_game(beta=0.01)
 
     def gaps(kappa: float) -> list[float]:
@@ -613,23 +615,37 @@ def test_a_slow_target_converges_where_plain_self_play_does_not(train: Train) ->
         return [exploitability(game, np.log(policies[step - 1])) for step in (20, 100, 200)]
 
     slow, plain = gaps(0.1), gaps(1.0)
-    print(slow, plain)
-    assert slow == pytest.approx([0.134, 0.082, 0.0123], abs=0.015)
-    assert plain[:2] == pytest.approx([0.19, 0.45], abs=0.03)
-    assert min(plain) > 0.1
+    assert slow == pytest.approx([0.134, 0.082, 0.0123], abs=0.01)
+    assert plain == pytest.approx([0.187, 0.452, 0.179], abs=0.02)
+    assert slow[2] < min(plain) / 5
 
 
 # --- Nash-MP by its iterates: mirror prox --------------------------------------------------------
 
 
+# 80 samples of the policy against 80 of the opponent, in proportion to within 1/160: those of MU
+# are exact, so the first half step is. The others err by 1/160 of a win rate over beta + prox.
+SAMPLES = 80
+HALF_STEP_ERROR = 0.001
+
+
 def mirror_prox(train: Train, game: Game, prox: float, steps: int, **options: Any) -> Array:
     """The policies after each phase of six steps, [2 x steps, actions].
 
-    A step is one that shrinks the distance to the phase's solution by 4 and more.
+    Each of the six shrinks the distance to the phase's solution by 4 or so.
     """
-    phase = 6
-    given: dict[str, Any] = {"mode": "mirror_prox", "prompts": 200, "phase_rounds": phase}
-    given |= {"prox": prox, "step": 3.2 / (game.beta + prox), "rounds": 2 * steps * phase}
+    phase, independent = 6, (SAMPLES - 1) / SAMPLES  # see ProportionalEngine
+    given: dict[str, Any] = {
+        "mode": "mirror_prox",
+        "engine": ProportionalEngine,
+        "prompts": 1,
+        "samples": SAMPLES,
+        "beta": game.beta * independent,
+        "prox": prox * independent,
+        "step": 3.2 / (game.beta + prox),
+        "phase_rounds": phase,
+        "rounds": 2 * steps * phase,
+    }
     return play(train, game, **given | options)[phase - 1 :: phase]
 
 
@@ -653,18 +669,18 @@ def test_two_phases_are_a_step_of_mirror_prox(
     beta: float, half: list[float], whole: list[float], train: Train
 ) -> None:
     found = mirror_prox(train, Game(CYCLE, MU, beta), prox=0.5, steps=1)
-    print(distance(found, [half, whole]))
-    assert distance(found, [half, whole]) < 0.006
+    assert distance(found[0], half) < HALF_STEP_ERROR
+    assert distance(found[1], whole) < 0.004
+    assert distance(half, whole) > 0.016
 
 
 LONG_STEPS: dict[str, Any] = {"prox": 0.1, "steps": 2}
-LONG_STEPS_ERROR = 0.02
+LONG_STEPS_ERROR = 0.012
 
 
 def test_steps_of_mirror_prox_follow_each_other(train: Train) -> None:
     game = Game(CYCLE, MU, beta=0.1)
     found = mirror_prox(train, game, **LONG_STEPS)
-    print(distance(found, exact_mirror_prox(game, **LONG_STEPS)))
     assert distance(found, exact_mirror_prox(game, **LONG_STEPS)) < LONG_STEPS_ERROR
 
 
@@ -700,7 +716,6 @@ def test_the_comparison_finds_a_wrong_second_phase(
     once = LONG_STEPS | {"steps": 1}
     found = mirror_prox(train, game, trainer_class=fault, **once)
     exact = exact_mirror_prox(game, **once)
-    print(np.abs(found - exact).max(1))
     assert distance(found[0], exact[0]) < LONG_STEPS_ERROR, "the first phase is as it should be"
     assert distance(found[1], exact[1]) > 3 * LONG_STEPS_ERROR
 
@@ -747,23 +762,45 @@ def test_hypo_stays_where_labels_tie_and_nothing_diverges(train: Train) -> None:
     assert np.abs(notes.gradients).max() < FLOAT32
 
 
-def test_nash_mp_rests_in_the_equilibrium_of_a_bradley_terry_game(train: Train) -> None:
-    game = Game(BRADLEY_TERRY, MU, beta=0.2)
+@pytest.mark.parametrize("payoff", [BRADLEY_TERRY, CYCLE], ids=["bradley-terry", "cycle"])
+def test_nash_mp_rests_in_the_equilibrium(payoff: Array, train: Train) -> None:
+    game = Game(payoff, MU, beta=0.2)
     rest = np.exp(equilibrium(game))
-    tilted = MU * np.exp(BRADLEY_TERRY @ rest / 0.2)
+    tilted = MU * np.exp(payoff @ rest / 0.2)
     assert rest == pytest.approx(tilted / tilted.sum(), abs=1e-12)
     at_rest = {"start": after_play(rest), "target": after_play(rest)}
-    found = play(train, game, rounds=20, prompts=200, **at_rest)
-    print(distance(found, rest))
-    assert distance(found, rest) < 0.002
+    assert distance(play(train, game, rounds=10, **at_rest), rest) < 0.005
+    found = play(train, game, rounds=1, kappa=1.0)
+    assert distance(found, MU) > 0.03, "from elsewhere a step leads away"
+
+
+def test_a_bradley_terry_game_does_not_end_in_the_policy_tilted_by_its_scores(
+    train: Train,
+) -> None:
+    game = Game(BRADLEY_TERRY, MU, beta=0.2)
     by_scores = np.exp(log_normalise(np.log(MU) + REWARDS / 0.2))
-    found = play(train, game, rounds=20, prompts=200, start=after_play(by_scores))
-    assert distance(by_scores, rest) > 0.1
-    assert distance(found[-1], rest) < 0.8 * distance(by_scores, rest)
+    rest = np.exp(equilibrium(game))
+    found = play(train, game, rounds=15, kappa=1.0, start=after_play(by_scores), step=6.0)
+    assert distance(by_scores, rest) > 0.3
+    assert distance(found[-1], rest) < 0.01
 
 
-def test_ppo_rests_in_the_tilted_reference(train: Train) -> None:
+def test_ppo_rests_in_the_reference_tilted_by_the_reward(train: Train) -> None:
     rest = np.exp(log_normalise(np.log(MU) + REWARDS / 0.2))
-    found = ppo(train, start=after_play(rest), step=5.0, rounds=5, prompts_per_round=400)
-    print(distance(np.array(found.policies)[:, 0], rest))
-    assert distance(np.array(found.policies)[:, 0], rest) < 0.002
+    notes = ppo(train, start=after_play(rest), step=5.0, rounds=5, prompts=100)
+    assert distance(np.array(notes.policies)[:, 0], rest) < 0.005
+    assert distance(rest, MU) > 0.1
+
+
+# --- samples of another policy than the one that is trained --------------------------------------
+
+
+def test_the_comparison_finds_samples_of_the_reference(train: Train) -> None:
+    stale = {"engine": lambda model, tokenizer: StratifiedEngine(reference_of[0], tokenizer)}
+    reference_of = [make_policy(after_play(MU))]
+    assert distance(nash_mp_gradient(train, **stale), PROX) > 0.01
+    exact = ascent(POLICY, ppo_reward(POLICY, 0.2))
+    assert distance(-ppo(train, **stale).gradients[0][0], exact) > 0.01
+    reference_of = [make_policy(after_play(BANDIT))]
+    found = hypo_on_the_bandit(train, kl_weight=0.05, **stale)
+    assert distance(found, HYBRID_GRADIENT) > 20 * 0.05 * BANDIT_ERROR

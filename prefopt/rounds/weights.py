@@ -40,6 +40,15 @@ def put_weights(model: nn.Module, weights: Weights) -> None:
             parameter.copy_(weights[name])
 
 
+def follow(weights: Weights, model: nn.Module, rate: float) -> None:
+    """Moves kept weights a share of the way to the model's, in place: an exponential average.
+
+    In half precision small moves would be lost: what is kept becomes float32.
+    """
+    for name, parameter in _trainable(model):
+        weights[name] = weights[name].float().lerp_(parameter.detach().float(), rate)
+
+
 @contextmanager
 def exchanged(model: nn.Module, weights: Weights) -> Iterator[None]:
     """The model with other weights inside the block, and with its own again after it.

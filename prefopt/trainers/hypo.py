@@ -100,7 +100,12 @@ class HyPOTrainer(SampleRoundTrainer):
         super().before_training(resumed)
         self.choose_layout_once(self.pairs.trees)
         self.pairs.columns["reference"] = reference_log_probs(
-            self, self.pairs, self.fingerprint, adapter=self.new_adapter, resumed=resumed
+            self,
+            self.pairs,
+            self.fingerprint,
+            adapter=self.new_adapter,
+            resumed=resumed,
+            temperature=self.temperature,
         )
 
     def collect(self, index: int, folder: Path) -> dict[str, float]:

@@ -23,7 +23,7 @@ from prefopt.rollout.engine import Completion, Engine
 from prefopt.rounds.collect import Ask, CollectedSamples, Collector
 from prefopt.rounds.judging import compare_all, win_rates
 from prefopt.rounds.plan import PlannedRound
-from prefopt.rounds.weights import put_weights, trainable_weights
+from prefopt.rounds.weights import follow, put_weights, trainable_weights
 from prefopt.trainers.sample_rounds import (
     SampleRoundConfig,
     SampleRoundTrainer,
@@ -143,12 +143,8 @@ class NashMPTrainer(SampleRoundTrainer):
 
     def after_step(self) -> None:
         """The target follows the policy."""
-        if self.two_phases or not self.keeps:
-            return
-        for name, weight in trainable_weights(self.policy).items():
-            target = self.kept["target"][name]
-            # small steps would be lost in half precision
-            self.kept["target"][name] = target.float().lerp_(weight.float(), self.args.kappa)
+        if self.keeps and not self.two_phases:
+            follow(self.kept["target"], self.policy, self.args.kappa)
 
     def columns(
         self, index: int, trees: list[PromptTree], collected: CollectedSamples, moved: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from prefopt.trainers.base import TreeDataset, TreeTrainer
 
 logger = logging.getLogger(__name__)
 
+SHOWN_ROWS = 256  # fewer are not worth a word: small rounds read some at every step
+
 
 def shared_fingerprint(model: nn.Module) -> str:
     """The fingerprint of the main process's weights, on every process."""
@@ -38,7 +41,13 @@ def shared_fingerprint(model: nn.Module) -> str:
 
 
 def reference_log_probs(
-    trainer: TreeTrainer, dataset: TreeDataset, fingerprint: str, *, adapter: bool, resumed: bool
+    trainer: TreeTrainer,
+    dataset: TreeDataset,
+    fingerprint: str,
+    *,
+    adapter: bool,
+    resumed: bool,
+    temperature: float = 1.0,
 ) -> list[Tensor]:
     """Reads the reference log-probs of a data set, computing first what is not on disk.
 
@@ -48,6 +57,7 @@ def reference_log_probs(
         fingerprint: Of the reference's weights.
         adapter: Whether the reference is the model under its adapter.
         resumed: Whether the weights have moved since; then only an adapter model can still compute.
+        temperature: Of the distribution that is read.
 
     Returns:
         One float32 tensor [completions] a tree.
@@ -63,6 +73,7 @@ def reference_log_probs(
         args.max_length,
         trainer.compute_dtype,
         trainer.layout,
+        temperature,
     )
     folder = Path(args.log_probs_dir or Path(args.output_dir) / "log_probs") / f"reference-{key}"
     unwrapped = accelerator.unwrap_model(trainer.model_wrapped)
@@ -72,6 +83,7 @@ def reference_log_probs(
         folder,
         weights=unwrapped.disable_adapter() if adapter else nullcontext(),
         moved=resumed and not adapter,
+        read=partial(sequence_log_probs, temperature=temperature),
     )
 
 
@@ -123,7 +135,7 @@ def stored_log_probs(
             progress_bar(
                 f"log-probs ({folder.name})",
                 rows // accelerator.num_processes,
-                show=accelerator.is_main_process,
+                show=accelerator.is_main_process and rows >= SHOWN_ROWS,
             ) as step,
         ):
             fill_shards(
@@ -139,7 +151,8 @@ def stored_log_probs(
                 progress=step,
             )
         accelerator.wait_for_everyone()
-        logger.info("log-probs of %d rows: %s", len(trees), folder)
+        if rows >= SHOWN_ROWS:
+            logger.info("log-probs of %d rows: %s", len(trees), folder)
     return shards.load()
 
 

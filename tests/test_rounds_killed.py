@@ -468,7 +468,7 @@ def progress(run: Path, began: int = 0) -> int:
     return len(stamps(run)) + (metrics.read_text().count("\n") if counts else 0)
 
 
-def phase(run: Path, began: int, prompts: int = 50, shard: int = 2) -> str:
+def phase(run: Path, began: int, *, prompts: int, judged: bool, shard: int = 2) -> str:
     """What a run was at when it was killed, as told by what it left."""
     written = [p for p in run.rglob("*") if p.is_file() and modified(p) > began]
     if any(".partial" in str(path) for path in written):
@@ -482,7 +482,7 @@ def phase(run: Path, began: int, prompts: int = 50, shard: int = 2) -> str:
     *_, last = sorted((run / "rounds").glob("0*")) or [run / "rounds" / "0000"]
     if len(list(last.glob("draw-0/rollouts-*"))) < prompts / shard:
         return "generating"
-    if len(list(last.glob("draw-0/judgements-*"))) < prompts / shard:
+    if judged and len(list(last.glob("draw-0/judgements-*"))) < prompts / shard:
         return "judging"
     if not (last / "log_probs").exists():
         return "pairing"
@@ -490,7 +490,7 @@ def phase(run: Path, began: int, prompts: int = 50, shard: int = 2) -> str:
 
 
 # of algorithms whose rounds are a step by default
-ROUNDS_OF_50 = {"prompts_per_round": 50, "num_train_epochs": 1}
+ROUNDS_OF_20 = {"prompts_per_round": 20, "num_train_epochs": 2}
 
 
 def beside_the_policy(run: Path) -> dict[str, bytes]:
@@ -508,16 +508,16 @@ def beside_the_policy(run: Path) -> dict[str, bytes]:
     [
         ("online_dpo", "reward_model", "steps", 10, {}),
         ("inpo", "preference_model", "epoch", 4, {}),
-        ("hypo", None, "steps", 4, ROUNDS_OF_50 | {"kl_weight": 0.1}),
-        ("nash_mp", "preference_model", "steps", 4, ROUNDS_OF_50),
+        ("hypo", None, "steps", 4, ROUNDS_OF_20 | {"kl_weight": 0.1}),
+        ("nash_mp", "preference_model", "steps", 4, ROUNDS_OF_20),
         (
             "nash_mp",
             "reward_model",
             "steps",
             4,
-            ROUNDS_OF_50 | {"rounds": 4, "mode": "mirror_prox", "phase_rounds": 1},
+            ROUNDS_OF_20 | {"rounds": 4, "mode": "mirror_prox", "phase_rounds": 1},
         ),
-        ("drpo", "reward_model", "steps", 4, ROUNDS_OF_50 | {"reset_probability": 0.7}),
+        ("drpo", "reward_model", "steps", 4, ROUNDS_OF_20 | {"reset_probability": 0.7}),
     ],
     ids=["online_dpo", "inpo", "hypo", "nash_mp", "mirror_prox", "drpo"],
 )
@@ -551,12 +551,13 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
         assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        phases.append(phase(killed, began))
+        prompts = keys.get("prompts_per_round", 50)
+        phases.append(phase(killed, began, prompts=prompts, judged=judge is not None))
         kept = stamps(killed)
         assert {name: kept.get(name) for name in known} == known, "nothing is made twice"
         known = kept
     finish(recipe, killed, *overrides)
-    print(f"{algorithm}: killed while {', '.join(phases)}")
+    print(f"{algorithm} {keys}: killed while {', '.join(phases)}")
     kept = stamps(killed)
     assert {name: kept.get(name) for name in known} == known, "nothing is made twice"
     assert len({*phases} - {"loading"}) >= (3 if kills == 10 else 2), phases
@@ -639,7 +640,7 @@ def test_two_processes_sample_and_train_as_one_does(tmp_path: Path) -> None:
     losses = json.loads((tmp_path / "two" / "losses.json").read_text())
     for algorithm, trainer in train_together(tmp_path / "one", processes=1).items():
         assert trainer.state.global_step == 4
-        assert losses[algorithm] == pytest.approx(logged(trainer, "loss"), rel=1e-4)
+        assert losses[algorithm] == pytest.approx(logged(trainer, "loss"), rel=1e-4, abs=1e-6)
         one, two = (contents(tmp_path / n / algorithm / "rounds") for n in ("one", "two"))
         assert one.keys() == two.keys()
         lines = [name for name in one if name.endswith((".jsonl", "round.json"))]

@@ -512,3 +512,27 @@ def test_stories260k_tells_its_published_story_alone_and_in_a_batch() -> None:
     batched = engine.generate(prompts, settings)
     assert batched[1] == [alone]
     assert batched[0][0].token_ids[:217] == published[40:]
+
+
+def test_limits_of_their_own_cut_what_a_common_limit_gives() -> None:
+    engine = TransformersEngine(make_model(), make_tokenizer(), batch_size=3)
+    settings = SamplingSettings(max_new_tokens=12, samples_per_prompt=2)
+    limits = [1, 12, 4, 2, 7]
+    whole = engine.generate(PROMPTS, settings)
+    cut = engine.generate(PROMPTS, settings, limits=limits)
+    assert {len(c.token_ids) for group in whole for c in group} > {12}, "some end by themselves"
+    for limit, all_of_it, part in zip(limits, whole, cut, strict=True):
+        assert [c.token_ids for c in part] == [c.token_ids[:limit] for c in all_of_it]
+        for completion in part:
+            ended = completion.token_ids[-1] == EOS
+            assert completion.finish_reason == ("stop" if ended else "length")
+
+
+def test_a_row_that_has_ended_does_not_outgrow_a_table_of_positions() -> None:
+    engine = TransformersEngine(make_model("gpt2"), make_tokenizer(), stop_token_ids=[])
+    prompts = [[5] * (CONTEXT - 6), [5] * (CONTEXT - 2)]
+    settings = SamplingSettings(max_new_tokens=6)
+    found = engine.generate(prompts, settings, limits=[6, 2])
+    assert [len(group[0].token_ids) for group in found] == [6, 2]
+    with pytest.raises(PrefoptError, match=f"prompt 1 has {CONTEXT - 2} tokens"):
+        engine.generate(prompts, settings)

@@ -104,6 +104,7 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings,
         *,
+        limits: Sequence[int] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """Draws completions.
@@ -112,6 +113,8 @@ class Engine(Protocol):
             prompts: Token ids of each prompt, special tokens included. Two equal prompts get equal
                 samples: for more answers to a prompt, ask for more samples.
             settings: How to draw them.
+            limits: The most tokens of each prompt's completions, where they differ; none is above
+                ``settings.max_new_tokens``, which holds for all by default.
             progress: Called now and then with the number of completions finished since the last
                 call (``tqdm.update`` fits).
 
@@ -158,19 +161,19 @@ def uniforms(key: int, count: int) -> np.ndarray:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int | None
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], context_length: int | None
 ) -> None:
     """Checks that every prompt can be continued.
 
     Args:
         prompts: Token ids of each prompt.
-        max_new_tokens: The most tokens a completion may have.
+        limits: The most tokens a completion of each may have.
         context_length: Tokens the model can see at once; None if it has no such limit.
 
     Raises:
-        PrefoptError: If a prompt is empty, or leaves less than ``max_new_tokens`` of the context.
+        PrefoptError: If a prompt is empty, or leaves less than its limit of the context.
     """
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, max_new_tokens) in enumerate(zip(prompts, limits, strict=True)):
         if len(prompt) == 0:
             raise PrefoptError(f"prompt {index} is empty: expected at least one token id")
         if context_length is not None and len(prompt) + max_new_tokens > context_length:

@@ -8,9 +8,10 @@ So batch size, order, padding and the number of processes change a sample by flo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from transformers import GenerationConfig
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -77,6 +80,7 @@ class TransformersEngine:
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings,
         *,
+        limits: Sequence[int] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """Draws completions; see ``Engine.generate``.
@@ -88,18 +92,20 @@ class TransformersEngine:
         context_length = getattr(
             self.model.config.get_text_config(), "max_position_embeddings", None
         )
-        check_prompts(prompts, settings.max_new_tokens, context_length)
+        limits = limits or [settings.max_new_tokens] * len(prompts)
+        check_prompts(prompts, limits, context_length)
         # Longest first: little padding, and what does not fit in memory fails at once.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         samples = range(settings.first_sample, settings.first_sample + settings.samples_per_prompt)
         rows = [(index, sample) for index in order for sample in samples]
         completions: list[list[Completion]] = [[] for _ in prompts]
         with _ready_to_generate(self.model):
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
+            for batch in self._batches(rows, prompts, limits, context_length):
                 keys = [sample_key(settings.seed, prompts[i], sample) for i, sample in batch]
-                generated = self._continue([prompts[i] for i, _ in batch], keys, settings)
+                ends = [limits[i] for i, _ in batch]
+                generated = self._continue([prompts[i] for i, _ in batch], keys, settings, ends)
                 for (index, _), (token_ids, log_probs) in zip(batch, generated, strict=True):
+                    token_ids = token_ids[: limits[index]]
                     completions[index].append(
                         make_completion(token_ids, self.stop_token_ids, self.tokenizer, log_probs)
                     )
@@ -107,10 +113,36 @@ class TransformersEngine:
                     progress(len(batch))
         return completions
 
+    def _batches(
+        self,
+        rows: list[tuple[int, int]],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        context_length: int | None,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Rows of (prompt, sample), in order; a row that has ended is still carried on with the
+        others of its batch, and must not outgrow a table of positions in the meantime.
+        """
+        batch: list[tuple[int, int]] = []
+        longest = most = 0
+        for row in rows:
+            length, limit = len(prompts[row[0]]), limits[row[0]]
+            outgrown = max(longest, length) + max(most, limit) > (context_length or math.inf)
+            if batch and (len(batch) == self.batch_size or outgrown):
+                yield batch
+                batch, longest, most = [], 0, 0
+            batch.append(row)
+            longest, most = max(longest, length), max(most, limit)
+        yield batch
+
     def _continue(
-        self, prompts: list[Sequence[int]], keys: list[int], settings: SamplingSettings
+        self,
+        prompts: list[Sequence[int]],
+        keys: list[int],
+        settings: SamplingSettings,
+        limits: list[int],
     ) -> list[tuple[list[int], list[float]]]:
-        """The tokens after each prompt and their log-probs; behind a stop token, anything."""
+        """The tokens after each prompt and their log-probs; behind an end, anything."""
         width = max(len(prompt) for prompt in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -123,13 +155,14 @@ class TransformersEngine:
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=GenerationConfig(
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=max(limits),
                 do_sample=False,
                 use_cache=True,
                 eos_token_id=self.stop_token_ids or None,
                 pad_token_id=0,  # any id: the mask and the first stop token say what is real
             ),
             logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList([_AtLimit(width, limits, device)]),
         )
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
         return list(zip(output[:, width:].tolist(), log_probs, strict=True))
@@ -176,6 +209,16 @@ class _Draw(LogitsProcessor):
         chosen = scores.gather(-1, tokens[:, None])[:, 0]
         self.log_probs.append(chosen - scores.logsumexp(-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+class _AtLimit(StoppingCriteria):
+    """Ends a row that has as many tokens as it may."""
+
+    def __init__(self, width: int, limits: list[int], device: torch.device) -> None:
+        self.ends = width + torch.tensor(limits, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.ends
 
 
 def draw_tokens(probs: Tensor, noise: Tensor) -> Tensor:

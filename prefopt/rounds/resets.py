@@ -59,10 +59,10 @@ class Resets:
             )
             forced = [self.answers[row][: self._length(row, one)] for row in rows]
             begun = [[*prompt, *part] for prompt, part in zip(prompts, forced, strict=True)]
-            for group, part, [answer] in zip(
-                samples, forced, engine.generate(begun, one), strict=True
-            ):
-                whole = self._whole(part, answer, settings.max_new_tokens)
+            limits = [settings.max_new_tokens - len(part) for part in forced]
+            answers = engine.generate(begun, one, limits=limits)
+            for group, part, [answer] in zip(samples, forced, answers, strict=True):
+                whole = self._whole(part, answer)
                 group.append(Sample(whole, settings.temperature, len(part)))
         return samples
 
@@ -74,14 +74,13 @@ class Resets:
             limit=settings.max_new_tokens,
         )
 
-    def _whole(self, forced: list[int], answer: Completion, limit: int) -> Completion:
-        """The answer with its forced part, no longer than the limit."""
+    def _whole(self, forced: list[int], answer: Completion) -> Completion:
+        """The answer with its forced part, whose log-prob is not the sampler's."""
         if not forced:
             return answer
-        ids = [*forced, *answer.token_ids]
-        whole = make_completion(ids[:limit], self.stop_token_ids, self.tokenizer)
-        # what the sampler said of tokens past the limit cannot be told from the rest
-        return whole if len(ids) > limit else replace(whole, log_prob=answer.log_prob)
+        whole = [*forced, *answer.token_ids]
+        completion = make_completion(whole, self.stop_token_ids, self.tokenizer)
+        return replace(completion, log_prob=answer.log_prob)
 
 
 def reset_length(key: str, length: int, *, probability: float, limit: int) -> int:

@@ -133,7 +133,8 @@ class TransformersEngine:
                 batch, longest, most = [], 0, 0
             batch.append(row)
             longest, most = max(longest, length), max(most, limit)
-        yield batch
+        if batch:
+            yield batch
 
     def _continue(
         self,

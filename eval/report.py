@@ -114,6 +114,7 @@ def _render(
         settings={
             name: _algorithm_table(value["algorithms"])
             | {"exploitable": any("exploitability" in row for row in value["algorithms"].values())}
+            | {"remark": value.get("remark", "")}
             for name, value in summary.items()
             if isinstance(value, dict) and isinstance(value.get("algorithms"), dict)
         },

@@ -130,6 +130,8 @@ def _print_setting(console: Console, result: dict[str, Any], title: str, measure
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
         table.add_row(name, rate, interval, *numbers, seconds)
     console.print(table)
+    if result["remark"]:
+        console.print(result["remark"])
     for name in JUDGE_REPORTS:
         if name in result:
             judge = result[name]
@@ -180,7 +182,7 @@ def _compare(
     for name in names:
         algorithms[name]["seconds"] = stages[name]["seconds"]
     judges = {kind: stages[kind][kind] for kind in JUDGE_REPORTS if kind in stages}
-    return {"algorithms": algorithms, **judges}
+    return {"algorithms": algorithms, **judges, "remark": remark(algorithms)}
 
 
 def _stage(
@@ -212,6 +214,7 @@ def _evaluate(
     reference = load_policy(str(models[first]))
     texts: dict[str, list[str]] = {}
     result: dict[str, dict[str, Any]] = {}
+    wins: dict[str, np.ndarray] = {}
     for name, path in models.items():
         model, tokenizer = load_policy(str(path)), load_tokenizer(str(path))
         answers = _answers(model, tokenizer, prompts, seed)
@@ -225,7 +228,11 @@ def _evaluate(
             qualities = map(gold_quality, prompts, texts[name])
             result[name]["gold_quality"] = sum(qualities) / len(prompts)
         else:
-            result[name] |= exploitability(prompts, texts[name])
+            wins[name] = style_wins(prompts, texts[name])
+            result[name] |= exploitability(wins[name])
+            if name != "dpo" and "dpo" in wins:
+                less = paired_difference(wins[name], wins["dpo"], seed)
+                result[name]["exploitability over dpo"] = less
         if name in others:
             p = [
                 gold_preference(prompt, own, base, intransitive=not gold)
@@ -238,26 +245,60 @@ def _evaluate(
     return result
 
 
-def exploitability(prompts: Sequence[list[Message]], answers: Sequence[str]) -> dict[str, float]:
+def style_wins(prompts: Sequence[list[Message]], answers: Sequence[str]) -> np.ndarray:
+    """P(a right answer in a style beats the answer) by the intransitive rule, [styles, prompts]."""
+    return np.array(
+        [
+            [
+                gold_preference(prompt, ideal_answer(prompt, style), answer, intransitive=True)
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+            for style in STYLES
+        ]
+    )
+
+
+def exploitability(wins: np.ndarray) -> dict[str, float]:
     """How much the best fixed style of right answers gains over a policy's answers.
 
     The exploitability of a policy is ``max_q P(q beats policy) - 1/2``; here q is one of the three
     styles of the intransitive world, its answers always right, and P the gold preference. It is 0
     for a policy of right answers whose styles are in balance, and at most 1/2.
 
+    Args:
+        wins: What :func:`style_wins` found.
+
     Returns:
         ``exploitability``, and per style its ``P(... beats it)``, means over the prompts.
     """
-    beats = {
-        style: sum(
-            gold_preference(prompt, ideal_answer(prompt, style), answer, intransitive=True)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        )
-        / len(prompts)
-        for style in STYLES
-    }
-    shares = {f"P({style} beats it)": value for style, value in beats.items()}
-    return {"exploitability": max(beats.values()) - 0.5, **shares}
+    means = dict(zip(STYLES, wins.mean(1).tolist(), strict=True))
+    shares = {f"P({style} beats it)": value for style, value in means.items()}
+    return {"exploitability": max(means.values()) - 0.5, **shares}
+
+
+def paired_difference(wins: np.ndarray, others: np.ndarray, seed: int) -> list[float]:
+    """Exploitability minus another policy's on the same prompts, and its 95 % interval.
+
+    The interval is that of 2,000 bootstrap samples of the prompts.
+    """
+    count = wins.shape[1]
+    chosen = np.random.default_rng(seed).integers(count, size=(2000, count))
+    own, other = (each[:, chosen].mean(2).max(0) for each in (wins, others))
+    low, high = np.quantile(own - other, [0.025, 0.975]).tolist()
+    return [float(wins.mean(1).max() - others.mean(1).max()), low, high]
+
+
+def remark(algorithms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Says which algorithms end less exploitable than DPO, and whether that is beyond chance."""
+    parts = []
+    for name, row in algorithms.items():
+        if name != "sft" and "exploitability over dpo" in row:
+            difference, low, high = row["exploitability over dpo"]
+            verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
+            parts.append(f"{name} {difference:+.3f} ({low:+.3f} to {high:+.3f}, {verdict})")
+    if not parts:
+        return ""
+    return f"Exploitability minus that of dpo, with 95 % intervals: {'; '.join(parts)}."
 
 
 def _write_samples(

@@ -7,16 +7,25 @@ import re
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prefopt import quickstart as module
 from prefopt.errors import PrefoptError
-from prefopt.quickstart import available_algorithms, exploitability, quickstart
+from prefopt.quickstart import (
+    available_algorithms,
+    exploitability,
+    paired_difference,
+    quickstart,
+    remark,
+    style_wins,
+)
 from prefopt.world import STYLES, build_world, ideal_answer
 
 ALGORITHMS = ("dpo", "online_dpo", "hypo", "inpo", "nash_mp", "drpo")
 
 
+# over 20 s: two processes import torch, and thirteen models are trained and sampled
 def test_every_stage_leaves_what_the_summary_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29,7 +38,7 @@ def test_every_stage_leaves_what_the_summary_promises(
         text = re.sub(r"rounds: 24", "rounds: 2", text)
         (recipes / recipe.name).write_text(text)
     monkeypatch.setattr(module, "RECIPES", recipes)
-    out, names = tmp_path / "run", list(ALGORITHMS)
+    out, names = tmp_path / "run", ["dpo", "hypo", "nash_mp", "drpo"]
     summary = quickstart(out, seed=1, algorithms=names)
     assert summary == json.loads((out / "summary.json").read_text())
     for result in (summary, summary["intransitive"]):
@@ -51,6 +60,8 @@ def test_every_stage_leaves_what_the_summary_promises(
     page = (out / "report.html").read_text()
     assert samples[0]["prompt"].split(": ")[1].split()[0] in page
     assert "exploitability" in page, "the intransitive setting stands on the same page"
+    assert summary["intransitive"]["remark"].count("(") == 3, "all but dpo are compared with it"
+    assert "Exploitability minus that of dpo" in page
     assert quickstart(out, seed=1, algorithms=names) == summary, "a second call only reads"
     with pytest.raises(PrefoptError, match="expected a world made with"):
         quickstart(out, seed=2, algorithms=names)
@@ -60,11 +71,33 @@ def test_exploitability_is_what_the_best_style_gains() -> None:
     prompts = [[{"role": "user", "content": "please say again : cow dog"}]] * 3
     chatty = [ideal_answer(prompts[0], "chatty")] * 3
     # plain beats chatty by the style margin: sigmoid(0.3 / 0.1)
-    assert exploitability(prompts, chatty)["exploitability"] == pytest.approx(0.952574 - 0.5)
+    assert exploitability(style_wins(prompts, chatty))["exploitability"] == pytest.approx(
+        0.952574 - 0.5
+    )
     balanced = [ideal_answer(prompts[0], style) for style in STYLES]
-    assert exploitability(prompts, balanced)["exploitability"] == pytest.approx(0.0)
+    assert exploitability(style_wins(prompts, balanced))["exploitability"] == pytest.approx(0.0)
     rude = ["obviously : cow dog ."] * 3
-    assert exploitability(prompts, rude)["exploitability"] > 0.4
+    assert exploitability(style_wins(prompts, rude))["exploitability"] > 0.4
+
+
+def test_a_difference_in_exploitability_comes_with_its_chance() -> None:
+    noise = np.random.default_rng(0).uniform(0, 0.4, size=(3, 400))
+    better, worse = noise + 0.1, noise[:, ::-1] + 0.2
+    difference, low, high = paired_difference(better, worse, seed=0)
+    assert low < difference < high < 0
+    assert difference == pytest.approx(-0.1)
+    assert paired_difference(worse, worse, seed=0) == [0, 0, 0]
+    rows = {
+        "sft": {"exploitability over dpo": [0.1, 0.0, 0.2]},
+        "dpo": {},
+        "inpo": {"exploitability over dpo": [difference, low, high]},
+        "drpo": {"exploitability over dpo": [0.1, -0.1, 0.2]},
+    }
+    text = remark(rows)
+    assert f"inpo -0.100 ({low:+.3f} to {high:+.3f}, lower)" in text
+    assert "drpo +0.100 (-0.100 to +0.200, not told apart)" in text
+    assert "sft" not in text
+    assert remark({"sft": {}, "inpo": {}}) == ""
 
 
 def test_an_unknown_algorithm_is_named_before_anything_runs(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     Returns:
         ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
         :func:`prefopt.data.report.data_report`; of an algorithm that samples also ``rounds``, the
-        prompts of each round, and ``judge``, what is wrong with the judge, if anything is.
+        prompts of each round, ``samples``, how many are drawn for each, and ``judge``, what is
+        wrong with the judge, if anything is.
 
     Raises:
         PrefoptError: As training on it would, but for a judge that is not there yet.
@@ -43,6 +44,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     }
     if rounds := prompts_of_rounds(args, rows):
         result["rounds"] = rounds
+        result["samples"] = args.drawn(recipe.rollout.samples_per_prompt)
         try:
             check_judge(recipe)
         except PrefoptError as error:  # it may be trained after the recipe is written
@@ -59,7 +61,7 @@ def print_check(result: dict[str, Any]) -> None:
         if part in result:
             _print_report(console, part, result[part])
     if "rounds" in result:
-        rounds, samples = result["rounds"], result["recipe"]["rollout"]["samples_per_prompt"]
+        rounds, samples = result["rounds"], result["samples"]
         each = " to ".join(f"{n:,}" for n in sorted({min(rounds), max(rounds)}))
         console.print(f"{len(rounds):,} rounds of {each} prompts, {samples} samples each")
     if "judge" in result:

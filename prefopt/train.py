@@ -43,10 +43,10 @@ from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
 from prefopt.trainers.base import TreeTrainerConfig, last_complete_checkpoint
+from prefopt.trainers.pair_rounds import PairRoundTrainer
 from prefopt.trainers.pairs import pair_dataset
 from prefopt.trainers.round_config import RoundConfig
 from prefopt.trainers.round_rows import parser_of, tokenize_rows
-from prefopt.trainers.rounds import RoundTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -329,7 +329,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             trainer.evaluate()
             last = trainer.state.log_history[-1]
             result["evaluation"] = {k: v for k, v in last.items() if k.startswith("eval_")}
-    if isinstance(trainer, RoundTrainer):
+    if isinstance(trainer, PairRoundTrainer):
         result["rounds"] = trainer.reports()
     save_final(trainer, recipe)
     if main:

@@ -27,7 +27,6 @@ from prefopt.objectives import (
     ppo_policy_loss,
     reverse_kl_loss,
     score_function_loss,
-    td_targets,
     token_rewards,
     whiten,
 )
@@ -511,7 +510,6 @@ def advantages_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         "returns": returns,
         "whitened": whiten(advantages, mask),
         "scaled": whiten(rewards, mask, shift_mean=False),
-        "targets": td_targets(values, mask, scores),
     }
 
 
@@ -580,7 +578,6 @@ def test_a_perfect_critic_leaves_no_advantage() -> None:
     at_tokens = torch.where(batch["mask"], perfect, 0)
     assert_near(advantages, torch.zeros_like(rewards))
     assert_near(returns, at_tokens)
-    assert torch.equal(td_targets(perfect, batch["mask"], batch["scores"]), at_tokens)
 
 
 @pytest.mark.parametrize("garbage", [1e6, math.inf, math.nan])
@@ -735,18 +732,11 @@ def test_the_prefix_changes_no_later_advantage() -> None:
 # ------------------------------------------------------------------- the critic
 
 
-def test_td_targets_by_hand() -> None:
+def test_one_step_targets_by_hand() -> None:
     values = tensor([0.2, 0.3, 0.4, 9.0], [0.7, 9.0, 9.0, 9.0])
-    targets = td_targets(values, MASK, tensor(1.0, -1.0))
-    assert torch.equal(targets, tensor([0.3, 0.4, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0]))
-
-
-def test_td_targets_are_the_one_step_returns_of_the_score() -> None:
-    batch = rollouts()
-    zeros = torch.zeros_like(batch["values"])
-    rewards = token_rewards(zeros, zeros, batch["mask"], batch["scores"], kl_coef=0.0)
-    _, returns = gae(rewards, batch["values"], batch["mask"], lam=0.0)
-    assert_near(td_targets(batch["values"], batch["mask"], batch["scores"]), returns)
+    rewards = tensor([0.0, 0.0, 1.0, 9.0], [-1.0, 9.0, 9.0, 9.0])
+    _, targets = gae(rewards, values, MASK, lam=0.0)
+    assert_near(targets, tensor([0.3, 0.4, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0]))
 
 
 def test_explained_variance_by_hand() -> None:
@@ -783,7 +773,6 @@ def test_a_mask_that_is_no_prefix_is_refused(mask: Any, message: str) -> None:
     for call in (
         lambda: token_rewards(row, row, mask, score, kl_coef=0.1),
         lambda: gae(row, row, mask),
-        lambda: td_targets(row, mask, score),
     ):
         with pytest.raises(PrefoptError, match=message):
             call()
@@ -797,7 +786,6 @@ def test_a_mask_that_is_no_prefix_is_refused(mask: Any, message: str) -> None:
             lambda x, m: token_rewards(x, x, m, tensor(1, 2), kl_coef=0.1),
             r"scores: found shape \[2",
         ),
-        (lambda x, m: td_targets(x, m, tensor([1.0])), r"scores: found shape \[1, 1\]"),
         (lambda x, m: gae(x, x[:, :1], m), r"values: found shape \[1, 1\], expected \[1, 2\]"),
         (lambda x, m: gae(x, x, m, gamma=1.5), "found gamma=1.5"),
         (lambda x, m: gae(x, x, m, lam=-0.1), "found lam=-0.1"),

@@ -165,7 +165,7 @@ class PromptedAnswers(TokenizedDemonstrations, TokenizedPrompts):
     """Offline answers to prompts that are answered anew, too."""
 
 
-def occurrences(prompt_ids: Ragged) -> list[int]:
+def occurrences(prompt_ids: Iterable[Sequence[int]]) -> list[int]:
     """For each row, how many rows before it have the same ids.
 
     Samples are a function of the prompt and of their number, so this tells equal prompts apart.

@@ -63,7 +63,7 @@ def gae(
     Schulman et al., arXiv 1506.02438, Eq. 16: ``A_t = delta_t + gamma lam A_{t+1}`` with
     ``delta_t = r_t + gamma V_{t+1} - V_t``; an answer ends after its last real token, where the
     value is 0. ``returns = A + V``: with lam = 1 the discounted rewards to come, with lam = 0
-    one-step targets.
+    one-step targets ``r_t + gamma V_{t+1}``.
 
     Args:
         rewards: [sequences, width].
@@ -106,7 +106,8 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
     ``(x - mean) / sqrt(var + 1e-8)`` with the population variance, as the code of DR-PO (Chang
     et al., arXiv 2404.08495) does for advantages; ``shift_mean=False`` adds the mean back, as it
-    does for rewards. The statistics are those of the entries given, here one process's.
+    does for rewards; where answers differ in length, that makes a reward of length. The statistics
+    are those of the entries given.
 
     Args:
         values: Any shape.
@@ -124,11 +125,32 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         >>> whiten(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool))
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
+    mean, scale = moments(values, mask)
+    whitened = (values - mean) * scale
+    return _masked(whitened if shift_mean else whitened + mean, mask)
+
+
+def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the mask and ``1 / sqrt(var + 1e-8)``, with the population variance.
+
+    Args:
+        values: Any shape.
+        mask: The same shape, bool, entries to count.
+
+    Returns:
+        Two scalars.
+
+    Raises:
+        PrefoptError: Shapes that differ, a mask that is not bool.
+
+    Examples:
+        >>> import torch
+        >>> moments(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+        (tensor(2.), tensor(1.))
+    """
     _check_mask(mask, values)
     counted = values[mask]
-    mean = counted.mean()
-    whitened = (values - mean) * torch.rsqrt(_variance(counted) + 1e-8)
-    return _masked(whitened if shift_mean else whitened + mean, mask)
+    return counted.mean(), torch.rsqrt(_variance(counted) + 1e-8)
 
 
 def ppo_policy_loss(
@@ -196,38 +218,6 @@ def clipped_value_loss(
     old, target = old_values.detach(), returns.detach()
     clipped = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - target) ** 2, (clipped - target) ** 2)
-
-
-def td_targets(values: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
-    """Targets of the critic on answers from a dataset: the next value, at the end the score.
-
-    After the hybrid critic of HNPG (arXiv 2311.08384), which adds the temporal-difference error of
-    offline data to the on-policy regression: with a reward at the end only and no discount,
-    ``target_t = sg(V_{t+1})``, ``target_T = score``, for the loss ``(V_t - target_t)^2 / 2``. Its
-    use on language models is this project's. The next token is the dataset's, where the value of
-    the policy would average over the policy's own.
-
-    Args:
-        values: [sequences, width], the critic's estimate before each token.
-        mask: [sequences, width], bool, real tokens.
-        scores: [sequences], reward of each answer as a whole.
-
-    Returns:
-        [sequences, width], constants; 0 on padding.
-
-    Raises:
-        PrefoptError: Shapes that do not fit, a mask that is no prefix.
-
-    Examples:
-        >>> import torch
-        >>> values, mask = torch.tensor([[0.2, 0.3, 9.0]]), torch.tensor([[True, True, False]])
-        >>> td_targets(values, mask, torch.tensor([1.0]))
-        tensor([[0.3000, 1.0000, 0.0000]])
-    """
-    check_layout("sequences, width", values=values)
-    _check_prefix(mask, values)
-    following = _next(_masked(values.detach(), mask))
-    return following + _at_last_token(scores.to(values), mask)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

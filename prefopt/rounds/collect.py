@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import PartialState
 
 from prefopt.data.rows import Prompt
-from prefopt.data.tokenize import TokenizedPrompts
+from prefopt.data.tokenize import TokenizedPrompts, occurrences
 from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rounds.judging import Judgement
 from prefopt.rounds.plan import PlannedRound
@@ -48,7 +48,6 @@ class Collector:
 
     Attributes:
         prompts: The rows whose prompts are sampled for.
-        occurrences: For each row, how many rows before it have the same prompt.
         engine: Samples from the policy as it is at that moment.
         ask: What the judge is asked about the samples; None: there is nothing to judge.
         sampling: The settings of each part of a prompt's samples; their ``samples_per_prompt`` add
@@ -61,7 +60,6 @@ class Collector:
     """
 
     prompts: TokenizedPrompts
-    occurrences: Sequence[int]
     engine: Engine
     ask: Ask | None
     sampling: Sequence[SamplingSettings]
@@ -101,7 +99,7 @@ def collect_samples(
     Returns:
         Seconds this process spent, ``time/generate`` and ``time/judge``.
     """
-    seconds = {"time/generate": 0.0, "time/judge": 0.0}
+    seconds = {"time/generate": 0.0} | ({"time/judge": 0.0} if collector.ask else {})
     if samples_are_collected(folder):
         return seconds
     positions = range(len(planned.prompts))
@@ -156,10 +154,12 @@ def draw(
     state = PartialState()
     size = collector.prompts_per_shard
     shards = [positions[start : start + size] for start in range(0, len(positions), size)]
+    # equal prompts of a round differ in this: an engine gives them equal samples
+    again = occurrences(collector.prompts.prompt_ids[row] for row in planned.prompts)
 
     def sample(shard: int) -> None:
         seed = f"{collector.seed}/{index}/{number}"
-        samples = _sample(collector, seed, planned, shards[shard])
+        samples = _sample(collector, seed, planned, shards[shard], again)
         write_rollouts(rollouts_path(folder, number, shard), samples)
 
     def judge(shard: int, ask: Ask) -> None:
@@ -218,31 +218,32 @@ def sampling_report(collected: CollectedSamples) -> dict[str, Any]:
     report: dict[str, Any] = {"prompts": len(collected.samples), "samples": len(drawn)}
     report["rollout/length"] = fmean(len(sample.completion.token_ids) for sample in drawn)
     report["rollout/finished"] = fmean(s.completion.finish_reason == "stop" for s in drawn)
+    if any(sample.forced for sample in drawn):
+        report["rollout/reset"] = fmean(sample.forced > 0 for sample in drawn)
+        report["rollout/forced"] = fmean(sample.forced for sample in drawn)
     if scores:
         report["judge/score"] = fmean(scores)
     return report
 
 
 def _sample(
-    collector: Collector, seed: str, planned: PlannedRound, positions: Sequence[int]
+    collector: Collector,
+    seed: str,
+    planned: PlannedRound,
+    positions: Sequence[int],
+    again: Sequence[int],
 ) -> dict[int, list[Sample]]:
     """Draws all samples of some positions, the parts of the mix one after another."""
     samples: dict[int, list[Sample]] = {position: [] for position in positions}
     players = [(collector.engine, part) for part in collector.sampling]
     if collector.opponent is not None:
         players += [(collector.opponent, part) for part in collector.sampling]
-
-    def noise(position: int) -> tuple[int, int]:
-        """Equal prompts differ in this: an engine gives them equal samples."""
-        return planned.passes[position], collector.occurrences[planned.prompts[position]]
-
-    for which, again in sorted({noise(position) for position in positions}):
-        chosen = [p for p in positions if noise(p) == (which, again)]
+    for which in sorted({again[position] for position in positions}):
+        chosen = [p for p in positions if again[p] == which]
         rows = [planned.prompts[p] for p in chosen]
-        text = f"{seed}/{which}/{again}" if again else f"{seed}/{which}"
         first = 0
         for engine, part in players:
-            settings = replace(part, seed=_seed(text), first_sample=first)
+            settings = replace(part, seed=_seed(f"{seed}/{which}"), first_sample=first)
             first += part.samples_per_prompt
             drawn = _draw_rows(collector, engine, rows, settings)
             for position, group in zip(chosen, drawn, strict=True):

@@ -52,8 +52,9 @@ def score_samples(
     scores: list[list[float]] = [[] for _ in samples]
     for numbers in calls.values():
         asked = [(n, text) for n in numbers for text in samples[n]]
-        values = judge.score([prompts[n] for n, _ in asked], [text for _, text in asked])
-        for (n, _), value in zip(asked, np.asarray(values, dtype=float).tolist(), strict=True):
+        answers = judge.score([prompts[n] for n, _ in asked], [text for _, text in asked])
+        values = _numbers(answers, len(asked))
+        for (n, _), value in zip(asked, values, strict=True):
             if not math.isfinite(value):
                 raise PrefoptError(
                     f"prompt {keys[n]!r}: found score {value} for sample {len(scores[n])}, "
@@ -80,7 +81,7 @@ def compare_samples(
         [samples[n][i] for n, i, _ in matches],
         [samples[n][j] for n, _, j in matches],
     )
-    answers = np.asarray(values, dtype=float).tolist()
+    answers = _numbers(values, len(matches))
     for (n, i, j), p in zip(matches, answers, strict=True):
         if not 0 <= p <= 1:
             raise PrefoptError(
@@ -147,6 +148,15 @@ def win_rates(judgement: Judgement, count: int, *, opponents: int = 0) -> list[f
     if opponents:
         return table[:own, own:].mean(1).tolist()
     return ((table.sum(1) - 0.5) / (count - 1)).tolist()
+
+
+def _numbers(answers: Sequence[float] | np.ndarray, count: int) -> list[float]:
+    values: list[float] = np.asarray(answers, dtype=float).tolist()
+    if len(values) != count:
+        raise PrefoptError(
+            f"the judge was asked about {count} and gave {len(values)} numbers; correct the judge"
+        )
+    return values
 
 
 def _all_matches(count: int, opponents: int) -> list[Match]:

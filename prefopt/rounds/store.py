@@ -147,5 +147,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _unreadable(path: Path, error: Exception) -> PrefoptError:
     return PrefoptError(
         f"{path}: cannot be read ({error}); restore this file, or, if nothing was trained on its "
-        "round yet, delete it and run the same command again"
+        "round yet, delete the folder of its round and run the same command again"
     )

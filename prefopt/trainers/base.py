@@ -409,7 +409,8 @@ class _Averages:
         )
         total = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
         self.clear()
-        return {name: (row[0] / row[1]).item() for name, row in zip(names, total, strict=True)}
+        counted = zip(names, total, strict=True)
+        return {name: (row[0] / row[1]).item() for name, row in counted if row[1]}
 
 
 class _Beginnings(TrainerCallback):

@@ -8,7 +8,9 @@ so that schedule, accumulation and checkpoints are shared; what the loop does to
 from __future__ import annotations
 
 import copy
+import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
 from prefopt.models.critic import make_critic, reads_same_tokens
 from prefopt.models.forward import enable_trees
+from prefopt.models.layout_check import layout_for
 from prefopt.rounds.weights import put_weights, read_weights, save_weights, trainable_weights
 from prefopt.trainers.base import disable_dropout
 from prefopt.trainers.reference import shared_fingerprint
 from prefopt.trainers.sample_rounds import SampleRoundTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class CriticTrainer(SampleRoundTrainer):
@@ -59,7 +65,10 @@ class CriticTrainer(SampleRoundTrainer):
                 "choose the optimiser in the configuration (optim, learning_rate)"
             )
         if critic is None:
-            critic = make_critic(model, _judge_model(judge, kwargs.get("processing_class")))
+            judge_model = _judge_model(judge, kwargs.get("processing_class"))
+            critic = make_critic(model, judge_model)
+            begins = "the policy's trunk, values of 0" if judge_model is None else "the judge"
+            logger.info("the critic begins as %s", begins)
         self.critic_fingerprint = shared_fingerprint(critic)
         self.critic: nn.Module = critic
         super().__init__(model, args, train_dataset, judge=judge, **kwargs)
@@ -72,30 +81,47 @@ class CriticTrainer(SampleRoundTrainer):
             from peft import get_peft_model
 
             adapter = copy.deepcopy(kwargs["peft_config"])
+            adapter.base_model_name_or_path = None  # the policy's
             adapter.task_type = "SEQ_CLS"  # for which the score head is trained beside the adapter
             self.critic = get_peft_model(critic, adapter)
         self.critic_wrapped: nn.Module = self.critic.to(self.args.device)
+        self.critic_is_wrapped = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adds the critic's weights to the policy's as a group with a learning rate of its own."""
         begun = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if not begun:
-            rate = self.args.critic_learning_rate
-            optimizer.add_param_group(
-                {
-                    "params": [p for p in self.critic.parameters() if p.requires_grad],
-                    "lr": self.args.learning_rate if rate is None else rate,
-                    "weight_decay": self.args.weight_decay,
-                }
-            )
+        if begun:
+            return optimizer
+        rate = self.args.critic_learning_rate
+        decaying = set(self.get_decay_parameter_names(self.critic))
+        for decays in (True, False):
+            group = {
+                "params": [
+                    parameter
+                    for name, parameter in self.critic.named_parameters()
+                    if parameter.requires_grad and (name in decaying) == decays
+                ],
+                "lr": self.args.learning_rate if rate is None else rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            optimizer.add_param_group(group)
         return optimizer
 
     def before_training(self, resumed: bool) -> None:
-        """Wraps the critic as transformers has wrapped the policy."""
+        """Wraps the critic as transformers has wrapped the policy: for autocast, for DDP."""
         super().before_training(resumed)
-        if self.accelerator.num_processes > 1 and self.critic_wrapped is self.critic:
+        if not self.critic_is_wrapped:
             self.critic_wrapped = self.accelerator.prepare_model(self.critic)
+            self.critic_is_wrapped = True
+
+    def choose_layout(self, trees: Sequence[PromptTree]) -> None:
+        """Trees only where the critic's numbers agree on them too."""
+        super().choose_layout(trees)
+        if self.args.layout == "auto" and self.layout == "tree":
+            self.critic_wrapped.eval()
+            first = trees[: 4 * self.args.train_batch_size]
+            self.layout = layout_for(self.critic_wrapped, first, self.compute_dtype)
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.data.tree import PromptTree
-from prefopt.objectives import explained_variance, gae, td_targets, token_rewards, whiten
+from prefopt.objectives import explained_variance, gae, moments, token_rewards, whiten
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def episode_columns(
         args: A ``PPOConfig``.
 
     Returns:
-        Columns, each one tensor [tokens] a tree: ``old``, ``reference``, ``values``,
+        Columns, each one tensor [tokens] a tree: ``old``, ``values``,
         ``advantages``, ``returns``, and the masks ``own`` (tokens the policy chose), ``sampled``
-        (all of its answers), ``offline`` and ``real`` (no padding); and facts of the round.
+        (all of its answers) and ``offline``; and facts of the round.
     """
     lengths = [len(ids) for tree in trees for ids in tree.completions]
 
@@ -82,35 +83,46 @@ def episode_columns(
     rewards = token_rewards(old, reference, real, scores, kl_coef=args.kl_coef)
     rewards -= args.kl_coef * (old - reference) * (here & ~real)
     if args.whiten_rewards:
-        rewards = whiten(rewards, sampled, shift_mean=False)
+        mean, scale = moments(rewards, sampled)
+        # where lengths differ a constant at every token would be a reward for length; the code of
+        # DR-PO keeps the mean, on answers that are all padded to one length
+        rewards = rewards * scale + (0.0 if args.mask_padding else mean * (1 - scale))
     advantages, returns = gae(rewards, values, here, gamma=args.gae_gamma, lam=args.gae_lambda)
     if args.whiten_advantages:
         advantages = whiten(advantages, sampled)
-    returns = torch.where(offline, td_targets(values, here, scores), returns)
+    _, one_step = gae(rewards, values, here, gamma=args.gae_gamma, lam=0.0)
+    returns = torch.where(offline, one_step, returns)
 
     table = {
         "old": old,
-        "reference": reference,
         "values": values,
         "advantages": advantages,
         "returns": returns,
         "own": own,
         "sampled": sampled,
         "offline": offline,
-        "real": real,
     }
     sizes = [sum(map(len, tree.completions)) for tree in trees]
     columns = {name: list(t[here].split(sizes)) for name, t in table.items()}
-    facts = {"reward": _mean([e.score for e in episodes if not e.offline])}
-    explained = explained_variance(values, returns, sampled)
-    if math.isfinite(explained):
-        facts["explained_variance"] = explained
-    said = torch.tensor([e.log_prob for e in episodes], dtype=old.dtype)
-    gaps = ((old * (own & real)).sum(1) - said).abs() / (own & real).sum(1).clamp(min=1)
-    if (known := gaps.isfinite()).any():
-        facts["sampler_gap"] = gaps[known].mean().item()
-    return columns, facts
+    drawn = own & real
+    facts = {
+        "explained_variance": explained_variance(values, returns, sampled),
+        **_facts(episodes, old, old - reference, drawn),
+    }
+    return columns, {name: value for name, value in facts.items() if math.isfinite(value)}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _facts(
+    episodes: Sequence[Episode], log_probs: Tensor, ratios: Tensor, drawn: Tensor
+) -> dict[str, float]:
+    """Means over the samples of a round as it begins, on the tokens that the policy drew."""
+    samples = torch.tensor([not e.offline for e in episodes])
+    said = torch.tensor([e.log_prob for e in episodes], dtype=log_probs.dtype)
+    gaps = ((log_probs * drawn).sum(1) - said).abs() / drawn.sum(1)
+    return {
+        "reward": fmean(e.score for e in episodes if not e.offline),
+        "kl": (ratios * drawn).sum(1)[samples].mean().item(),
+        "entropy": -log_probs[drawn].mean().item(),
+        "length/mean": fmean(e.length for e in episodes if not e.offline),
+        "sampler_gap": gaps[gaps.isfinite()].mean().item(),
+    }

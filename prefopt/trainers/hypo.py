@@ -57,6 +57,10 @@ class HyPOConfig(SampleRoundConfig, DPOConfig):
         """Pairs."""
         return "pairs"
 
+    def drawn(self, samples_per_prompt: int) -> int:
+        """Samples drawn for a prompt: none without a KL."""
+        return samples_per_prompt if self.kl_weight else 0
+
     def check_sampling(self, sampling: Sequence[SamplingSettings]) -> None:
         """Without a KL there is nothing to sample."""
         if self.kl_weight:

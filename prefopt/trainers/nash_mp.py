@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +71,10 @@ class NashMPConfig(SampleRoundConfig):
         if self.phase_rounds < 1:
             raise PrefoptError(f"phase_rounds: found {self.phase_rounds}, expected 1 or more")
 
+    def drawn(self, samples_per_prompt: int) -> int:
+        """Samples drawn for a prompt: with two phases, the opponent's as well."""
+        return samples_per_prompt * (2 if self.mode == "mirror_prox" else 1)
+
     def plan(self, num_rows: int) -> list[PlannedRound]:
         """The prompts of each round; two phases are whole, so that no run ends in a half step.
 
@@ -83,8 +88,6 @@ class NashMPConfig(SampleRoundConfig):
                 f"rounds: found {len(planned)}, expected a multiple of 2 x phase_rounds = "
                 f"{2 * self.phase_rounds}, a whole step of mirror prox; change one of the two"
             )
-        if rest:
-            logger.info("the last %d rounds would end in a half step and are left out", rest)
         return planned[: len(planned) - rest]
 
 
@@ -108,6 +111,22 @@ class NashMPTrainer(SampleRoundTrainer):
             self.keeps = ("target",)
         self.opponent = "target"
         super().__init__(model, args, *rest, **kwargs)
+        if self.two_phases:
+            self._check_whole_steps()
+
+    def _check_whole_steps(self) -> None:
+        """Says how many rounds are left out; refuses a limit that would end in a half step."""
+        args, cycle = self.args, 2 * self.args.phase_rounds
+        left_out = len(SampleRoundConfig.plan(args, len(self.prompts))) - len(self.plan)
+        if left_out:
+            logger.info("rounds left out, since they would end in a half step: %d", left_out)
+        ends = list(accumulate(self.planned_steps))[cycle - 1 :: cycle]
+        if args.max_steps not in ends:
+            raise PrefoptError(
+                f"max_steps: found {args.max_steps}, which ends in a half step of mirror prox; "
+                f"whole steps end after {', '.join(map(str, ends[:3]))}"
+                f"{', ...' if len(ends) > 3 else ''} optimiser steps"
+            )
 
     @property
     def opponents(self) -> int:

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from prefopt.data.template import stop_token_ids
@@ -25,6 +26,7 @@ from prefopt.objectives import clipped_value_loss, ppo_policy_loss
 from prefopt.rollout.engine import Engine, make_completion
 from prefopt.rounds.collect import Ask, CollectedSamples, Collector
 from prefopt.rounds.judging import Judgement, score_samples
+from prefopt.rounds.plan import PlannedRound
 from prefopt.rounds.store import Sample
 from prefopt.trainers.critic import CriticTrainer
 from prefopt.trainers.episodes import Episode, Numbers, episode_columns
@@ -80,8 +82,9 @@ class PPOConfig(SampleRoundConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kl_coef", "vf_coef", "critic_warmup_rounds", "offline_value_weight"):
-            if not getattr(self, name) >= 0:
+        weights = ("kl_coef", "vf_coef", "critic_warmup_rounds", "offline_value_weight")
+        for name in (*weights, "critic_learning_rate"):
+            if not (getattr(self, name) or 0) >= 0:
                 raise PrefoptError(f"{name}: found {getattr(self, name)}, expected 0 or above")
         for name in ("clip", "value_clip"):
             if not getattr(self, name) > 0:
@@ -94,6 +97,20 @@ class PPOConfig(SampleRoundConfig):
     def rows(self) -> Rows:
         """Prompts; pairs where the critic reads their answers."""
         return "pairs" if self.offline_value_weight else "prompts"
+
+    def plan(self, num_rows: int) -> list[PlannedRound]:
+        """The rows of each round.
+
+        Raises:
+            PrefoptError: They cannot be dealt to rounds as asked, or none would train the policy.
+        """
+        planned = super().plan(num_rows)
+        if self.critic_warmup_rounds >= len(planned):
+            raise PrefoptError(
+                f"critic_warmup_rounds: found {self.critic_warmup_rounds} of {len(planned)} rounds,"
+                " which leaves none to train the policy in; lower it"
+            )
+        return planned
 
 
 class PPOTrainer(CriticTrainer):
@@ -252,14 +269,12 @@ class PPOTrainer(CriticTrainer):
         log_probs = token_log_probs_of(model, trees, self.temperature)
         clipped = ppo_policy_loss(log_probs, old, inputs["advantages"], clip=self.args.clip)
         losses = _per_tree(clipped * own, trees) / inputs["mean_own"]
-        drawn = trees.sum_per_completion(own.float()) > 0
-        real = own & inputs["real"]
-        ratios = trees.sum_per_completion((log_probs - inputs["reference"]) * real)[drawn]
-        metrics = self.sample_metrics(
-            ratios, log_probs[real], trees.sum_per_completion(inputs["real"].float())[drawn]
-        )
         outside = ((log_probs - old).exp() - 1).abs() > self.args.clip
-        return losses, metrics | {"policy_loss": losses, "clip_fraction": outside[own].float()}
+        return losses, {
+            "policy_loss": losses,
+            "clip_fraction": outside[own].float(),
+            "staleness": torch.full_like(losses, float(self.staleness)),
+        }
 
 
 def _per_tree(token_values: Tensor, trees: TreeBatch) -> Tensor:

@@ -131,7 +131,7 @@ def stored_log_probs(
         rows = sum(len(shards.trees_in(s)) for s in missing)
         with (
             weights,
-            trainer.compute_loss_context_manager(),
+            accelerator.autocast(),
             progress_bar(
                 f"log-probs ({folder.name})",
                 rows // accelerator.num_processes,

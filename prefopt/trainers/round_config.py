@@ -98,6 +98,10 @@ class RoundConfig(TreeTrainerConfig):
         micro_batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return micro_batch * self.world_size
 
+    def drawn(self, samples_per_prompt: int) -> int:
+        """Samples that are drawn for a prompt of which so many are asked for."""
+        return samples_per_prompt
+
     def check_sampling(self, sampling: Sequence[SamplingSettings]) -> None:
         """Checks that the algorithm can use samples drawn like this.
 

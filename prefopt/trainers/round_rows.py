@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 # prompts, each once; pairs with their prompts; one offline answer a row with its prompt
 Rows = Literal["prompts", "pairs", "answers"]
+TOKENIZED: dict[Rows, type[TokenizedPrompts]] = {
+    "prompts": TokenizedPrompts,
+    "pairs": PromptedPairs,
+    "answers": PromptedAnswers,
+}
 
 
 def parser_of(args: RoundConfig) -> Callable[..., Any]:
@@ -73,6 +78,11 @@ def rows_of(
         PrefoptError: A row is wrong, or no prompt is short enough.
     """
     if isinstance(rows, TokenizedPrompts):
+        if not isinstance(rows, TOKENIZED[args.rows]):
+            raise PrefoptError(
+                f"train_dataset: found {type(rows).__name__}, expected "
+                f"{TOKENIZED[args.rows].__name__}"
+            )
         return rows
     located = ((f"train_dataset:{i}", row) for i, row in enumerate(rows, start=1))
     items, _ = validate(located, parser_of(args))

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 
-from prefopt.data.tokenize import TokenizedPrompts, occurrences
+from prefopt.data.tokenize import TokenizedPrompts
 from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
@@ -104,6 +104,16 @@ class RoundTrainer(TreeTrainer):
     ) -> None:
         if train_dataset is None or processing_class is None:
             raise PrefoptError(f"{type(self).__name__} needs train_dataset and processing_class")
+        if not isinstance(args, RoundConfig):
+            raise PrefoptError(
+                f"args: found {type(args).__name__}, expected the configuration that belongs to "
+                f"{type(self).__name__}"
+            )
+        if args.eval_strategy != "no" or kwargs.get("eval_dataset") is not None:
+            raise PrefoptError(
+                f"{type(self).__name__}: found eval_strategy or eval_dataset, but an algorithm "
+                "that samples has no held-out loss; compare samples instead (prefopt eval)"
+            )
         check_judge(type(self).__name__, args.asks, judge)
         self.judge = judge if args.asks else None
         parts = [sampling] if isinstance(sampling, SamplingSettings) else sampling
@@ -147,7 +157,6 @@ class RoundTrainer(TreeTrainer):
         """What every round is collected with."""
         return Collector(
             prompts=self.prompts,
-            occurrences=occurrences(self.prompts.prompt_ids),
             engine=engine,
             ask=self.ask(),
             sampling=self.sampling,
@@ -422,7 +431,7 @@ class _InPrecisionOf:
         self.trainer, self.engine = trainer, engine
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
-        with self.trainer.compute_loss_context_manager():
+        with self.trainer.accelerator.autocast():  # a PEFT model's generate passes the wrapper by
             return self.engine.generate(*args, **kwargs)
 
 
@@ -436,6 +445,7 @@ class _AfterSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.after_step()
+        state.epoch = state.global_step / state.max_steps  # transformers counts from a restart
         current = self.trainer.current
         over = current is not None and state.global_step == current.end
         if over and args.save_strategy == "epoch" and state.global_step < state.max_steps:
@@ -446,10 +456,14 @@ def check_judge(name: str, asks: str | None, judge: Judge | None) -> None:
     """Checks that a judge can answer what an algorithm asks.
 
     Raises:
-        PrefoptError: There is none, or it only compares where scores are asked for.
+        PrefoptError: It is no judge, or it only compares where scores are asked for.
     """
-    if asks and judge is None:
-        raise PrefoptError(f"{name} needs a judge")
+    if asks and not isinstance(judge, Judge):
+        raise PrefoptError(
+            f"judge: found {type(judge).__name__}, but {name} needs a judge with score and prefer; "
+            "prefopt.reward_models has RewardModel.from_pretrained, PreferenceModel and, for a "
+            "function, RuleJudge"
+        )
     if asks == "score" and getattr(judge, "compares_only", False):
         raise PrefoptError(
             f"{name} needs a score of each answer by itself, but {type(judge).__name__} only "

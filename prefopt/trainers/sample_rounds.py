@@ -108,7 +108,7 @@ class SampleRoundConfig(RoundConfig):
         if samples < self.least_samples:
             raise PrefoptError(
                 f"rollout.samples_per_prompt: found {samples}, expected at least "
-                f"{self.least_samples}, which are compared with each other"
+                f"{self.least_samples}: each is measured against the prompt's others"
             )
 
 
@@ -249,7 +249,7 @@ class SampleRoundTrainer(RoundTrainer):
                 "temperature %s",
                 len(self.plan),
                 len(self.plan[0].prompts),
-                self.samples_per_prompt,
+                self.args.drawn(self.samples_per_prompt),
                 opened.steps,
                 self.args.optimizer_state,
                 self.temperature,
@@ -290,11 +290,10 @@ class SampleRoundTrainer(RoundTrainer):
             sampled: Of each sample by what drew it, [samples]; NaN where it does not say.
             lengths: Tokens of each sample, [samples].
         """
-        known = sampled.isfinite()
-        if self.staleness or not known.any():
+        if self.staleness:
             return {}
         gaps = (log_probs.detach() - sampled).abs() / lengths
-        return {"sampler_gap": gaps[known]}
+        return {"sampler_gap": gaps[sampled.isfinite()]}
 
     def length_metrics(self, trees: TreeBatch) -> dict[str, Tensor]:
         """None of the base's: the completions of a tree are not a pair."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -125,8 +124,11 @@ def frontier(rates: Mapping[str, Rate], styles: Mapping[str, Style]) -> Markup:
     axes.axhline(50, color=INK, lw=0.9, ls=(0, (4, 3)))
     axes.margins(x=0.14, y=0.12)
     axes.set(xlabel="KL from the reference, nats", ylabel="win rate, %")
-    ends = [(kl, end) for name, (kl, _) in points.items() for end in rates[name].ci or ()]
-    _label_points(figure, axes, points, ends)
+    bars = {
+        name: [(kl, height) for height in np.linspace(*(rates[name].ci or (rate, rate)), 15)]
+        for name, (kl, rate) in points.items()
+    }
+    _label_points(figure, axes, points, bars)
     return _svg(figure, "Win rate against KL from the reference, one point an algorithm")
 
 
@@ -195,26 +197,31 @@ def _label_points(
     figure: Figure,
     axes: Axes,
     points: Mapping[str, tuple[float, float]],
-    obstacles: Sequence[tuple[float, float]],
+    bars: Mapping[str, Sequence[tuple[float, float]]],
 ) -> None:
-    """Writes each name on the side of its point that is farthest from everything drawn so far."""
+    """Writes each name beside its point or at an end of its bar, where most room is left."""
     figure.draw_without_rendering()
-    taken = list(axes.transData.transform([*points.values(), *obstacles]))
+    taken = [spot for bar in bars.values() for spot in axes.transData.transform(bar)]
     scale = figure.dpi / 72
     for name, point in points.items():
         half = 2.4 * len(name) + 8
         centre = axes.transData.transform(point)
+        heights = [(y - centre[1]) / scale for _, y in axes.transData.transform(bars[name])]
+        ends = [(0.0, max(heights) + 8), (0.0, min(heights) - 8)]
+        sides = [(x, y) for x in (half, -half) for y in (9.0, -9.0)]
         rooms: dict[tuple[float, float], float] = {}
-        for side in ((half, 9.0), (half, -9.0), (-half, 9.0), (-half, -9.0)):
+        for side in sides + ends:
             spot = centre + scale * np.array(side)
             inside = axes.bbox.x0 < spot[0] - scale * half and spot[0] + scale * half < axes.bbox.x1
-            # A label is wide and low: the same distance separates less sideways.
-            gaps = [math.hypot((spot - other)[0] / 3, (spot - other)[1]) for other in taken]
-            rooms[side] = min(gaps) if inside else -1
+            # from the label's middle line, which is as wide as the name
+            reach = np.maximum(np.abs(spot - taken) - [scale * half, 0], 0)
+            rooms[side] = np.hypot(*reach.T).min() if inside else -1
         best = max(rooms, key=lambda side: rooms[side])
-        taken.append(centre + scale * np.array(best))
-        align = "left" if best[0] > 0 else "right"
-        offset = (math.copysign(7, best[0]), best[1])
+        width = scale * np.linspace(-half, half, 5)
+        middle = centre + scale * np.array(best)
+        taken += list(np.column_stack([middle[0] + width, np.full(5, middle[1])]))
+        align = {1: "left", 0: "center", -1: "right"}[int(np.sign(best[0]))]
+        offset = (7 * float(np.sign(best[0])), best[1])
         axes.annotate(name, point, offset, textcoords="offset points", ha=align, va="center")
 
 

@@ -111,6 +111,7 @@ def _render(
         seed=summary.get("seed"),
         styles=styles,
         algorithms=_algorithm_table(algorithms),
+        remark=summary.get("remark", ""),
         settings={
             name: _algorithm_table(value["algorithms"])
             | {"exploitable": any("exploitability" in row for row in value["algorithms"].values())}

@@ -44,7 +44,7 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     }
     if rounds := prompts_of_rounds(args, rows):
         result["rounds"] = rounds
-        result["samples"] = args.drawn(recipe.rollout.samples_per_prompt)
+        result["samples"] = args.samples_drawn(recipe.rollout.samples_per_prompt)
         try:
             check_judge(recipe)
         except PrefoptError as error:  # it may be trained after the recipe is written

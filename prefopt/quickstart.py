@@ -230,9 +230,6 @@ def _evaluate(
         else:
             wins[name] = style_wins(prompts, texts[name])
             result[name] |= exploitability(wins[name])
-            if name != "dpo" and "dpo" in wins:
-                less = paired_difference(wins[name], wins["dpo"], seed)
-                result[name]["exploitability over dpo"] = less
         if name in others:
             p = [
                 gold_preference(prompt, own, base, intransitive=not gold)
@@ -242,6 +239,10 @@ def _evaluate(
             rate = win_rate((np.sign(np.array(p) - 0.5) + 1) / 2 if gold else np.array(p))
             result[name] |= {"win_rate": rate.win_rate, "win_rate_ci": list(rate.ci)}
     _write_samples(folder, prompts, texts)
+    for name in others:
+        if name != "dpo" and "dpo" in wins:
+            over = paired_difference(wins[name], wins["dpo"], seed)
+            result[name]["exploitability over dpo"] = over
     return result
 
 
@@ -279,7 +280,8 @@ def exploitability(wins: np.ndarray) -> dict[str, float]:
 def paired_difference(wins: np.ndarray, others: np.ndarray, seed: int) -> list[float]:
     """Exploitability minus another policy's on the same prompts, and its 95 % interval.
 
-    The interval is that of 2,000 bootstrap samples of the prompts.
+    The interval is that of 2,000 bootstrap samples of the prompts: it knows nothing of another
+    training run.
     """
     count = wins.shape[1]
     chosen = np.random.default_rng(seed).integers(count, size=(2000, count))
@@ -292,13 +294,14 @@ def remark(algorithms: Mapping[str, Mapping[str, Any]]) -> str:
     """Says which algorithms end less exploitable than DPO, and whether that is beyond chance."""
     parts = []
     for name, row in algorithms.items():
-        if name != "sft" and "exploitability over dpo" in row:
+        if "exploitability over dpo" in row:
             difference, low, high = row["exploitability over dpo"]
             verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
             parts.append(f"{name} {difference:+.3f} ({low:+.3f} to {high:+.3f}, {verdict})")
     if not parts:
         return ""
-    return f"Exploitability minus that of dpo, with 95 % intervals: {'; '.join(parts)}."
+    compared = "; ".join(parts)
+    return f"Exploitability minus that of dpo, with 95 % intervals over prompts: {compared}."
 
 
 def _write_samples(

@@ -384,7 +384,7 @@ def _check_judge_section(recipe: Recipe, args: RoundConfig) -> None:
             f"{algorithm} has its samples judged: the recipe needs a section judge, such as "
             "judge: {kind: reward_model, path: runs/reward_model/final}"
         )
-    if args.asks == "score" and recipe.judge is not None and recipe.judge.kind in COMPARE_ONLY:
+    if args.asks == ("score",) and recipe.judge is not None and recipe.judge.kind in COMPARE_ONLY:
         raise PrefoptError(
             f"judge.kind: found {recipe.judge.kind}, which only compares answers to one prompt, "
             f"but {algorithm} needs a score of each by itself; use judge.kind reward_model, or an "

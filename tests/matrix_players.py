@@ -8,6 +8,7 @@ arrive at is then known exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -112,14 +113,21 @@ class StratifiedEngine:
         self.model, self.tokenizer = model, tokenizer
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, **_: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        *,
+        limits: Sequence[int] | None = None,
+        **_: Any,
     ) -> list[list[Completion]]:
         found: list[list[Completion]] = [[] for _ in prompts]
-        for last in {prompt[-1] for prompt in prompts}:
-            here = [n for n, prompt in enumerate(prompts) if prompt[-1] == last]
-            for n, group in zip(
-                here, self._draw(prompts[here[0]], len(here), settings), strict=True
-            ):
+        limits = limits or [settings.max_new_tokens] * len(prompts)
+        kinds = [(prompt[-1], limit) for prompt, limit in zip(prompts, limits, strict=True)]
+        for kind in sorted(set(kinds)):
+            here = [n for n, other in enumerate(kinds) if other == kind]
+            limited = replace(settings, max_new_tokens=kind[1])
+            drawn = self._draw(prompts[here[0]], len(here), limited)
+            for n, group in zip(here, drawn, strict=True):
                 found[n] = group
         return found
 

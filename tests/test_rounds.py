@@ -635,6 +635,25 @@ def test_accumulation_and_fillers_do_not_change_the_steps(make: Make) -> None:
     assert max(moved) > 1e-3
 
 
+@pytest.mark.parametrize(("options", "steps"), [({}, 6), ({"max_steps": 4}, 4)])
+def test_the_epoch_is_the_share_of_the_run(make: Make, options: dict[str, Any], steps: int) -> None:
+    trainer = make(**options)
+    trainer.train()
+    shares = [step / steps for step in range(1, steps + 1)]
+    assert logged(trainer, "epoch") == pytest.approx(shares)
+    assert trainer.state.epoch == 1.0
+
+
+def test_what_has_no_value_is_not_averaged(make: Make) -> None:
+    trainer = make()
+    trainer.add_metrics({"some": torch.tensor([1.0, 3.0]), "none": torch.zeros(0)})
+    trainer.add_metrics({"some": torch.zeros(0)})
+    trainer.log({"loss": 1.0})
+    (line,) = trainer.state.log_history
+    assert line["some"] == 2.0
+    assert "none" not in line
+
+
 def test_the_last_step_may_be_asked_for(make: Make) -> None:
     trainer = make(max_steps=2)
     trainer.train()
@@ -815,12 +834,153 @@ def test_settings_that_do_not_go_together_are_refused(
         make(algorithm=algorithm, **options)
 
 
-def test_rounds_need_a_judge(tmp_path: Path) -> None:
-    config_class, trainer_class = TRAINERS["online_dpo"]
+class Preferring:
+    """Compares and has no scores."""
+
+    def prefer(self, prompts: Any, a: Any, b: Any) -> np.ndarray:
+        return np.ones(len(prompts))
+
+
+@pytest.mark.parametrize("algorithm", ["online_dpo", "inpo", "nash_mp", "ppo", "drpo"])
+@pytest.mark.parametrize(
+    ("judge", "found"),
+    [
+        (None, "NoneType"),
+        (fine, "function"),
+        (tiny_policy(), "LlamaForCausalLM"),
+        (Preferring(), "Preferring"),
+        (Graded, "_ProtocolMeta|type|ABCMeta"),
+    ],
+    ids=["none", "function", "model", "no-scores", "class"],
+)
+def test_what_is_no_judge_is_refused(
+    tmp_path: Path, algorithm: str, judge: Any, found: str
+) -> None:
+    config_class, trainer_class = TRAINERS[algorithm]
+    args = config_class(output_dir=str(tmp_path), rounds=2, **EVERY_RUN)
+    rows = [pair_of(prompt) for prompt in PROMPTS]
+    asked = "score" if algorithm in ("ppo", "drpo") else "score and prefer"
+    message = f"judge: found {found}, but {trainer_class.__name__} needs one with {asked};"
+    with pytest.raises(PrefoptError, match=message):
+        trainer_class(tiny_policy(), args, rows, judge=judge, processing_class=TOKENIZER)
+
+
+class Forgetful(Graded):
+    """Leaves out the last answer."""
+
+    def score(self, prompts: Any, completions: Any, **columns: Any) -> np.ndarray:
+        return super().score(prompts, completions)[:-1]
+
+
+class Chatty(Graded):
+    """Gives one preference too many."""
+
+    def prefer(self, prompts: Any, a: Any, b: Any) -> np.ndarray:
+        return np.append(super().prefer(prompts, a, b), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "judge", "message"),
+    [
+        ("online_dpo", Forgetful(fine), r"the shape \[11\], expected \[12\]"),
+        ("ppo", Forgetful(fine), r"the shape \[7\], expected \[8\]"),
+        ("inpo", Chatty(fine), r"the shape \[7\], expected \[6\]"),
+        ("nash_mp", Chatty(fine), r"the shape \[5\], expected \[4\]"),
+    ],
+)
+def test_a_judge_answers_what_it_is_asked(
+    make: Make, algorithm: str, judge: Judge, message: str
+) -> None:
+    """Two rounds of 6 prompts x 2 samples, or of one batch of 4."""
+    with pytest.raises(PrefoptError, match=message):
+        make(algorithm=algorithm, judge=judge).train()
+
+
+ROUNDS = ["online_dpo", "inpo", "hypo", "nash_mp", "ppo", "drpo"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "other"),
+    [
+        (algorithm, other)
+        for algorithm in ROUNDS
+        for other in ("dpo", *ROUNDS)
+        if not issubclass(TRAINERS[other][0], TRAINERS[algorithm][0])
+    ],
+)
+def test_arguments_of_another_class_are_refused(tmp_path: Path, algorithm: str, other: str) -> None:
+    (expected, trainer_class), (config_class, _) = TRAINERS[algorithm], TRAINERS[other]
     args = config_class(output_dir=str(tmp_path), **EVERY_RUN)
-    rows = [{"prompt": prompt} for prompt in PROMPTS]
-    with pytest.raises(PrefoptError, match="needs a judge"):
-        trainer_class(tiny_policy(), args, rows, processing_class=TOKENIZER)
+    message = (
+        f"args: found {config_class.__name__}, but {trainer_class.__name__} needs "
+        f"{expected.__name__}$"
+    )
+    rows = [pair_of(prompt) for prompt in PROMPTS]
+    with pytest.raises(PrefoptError, match=message):
+        trainer_class(tiny_policy(), args, rows, judge=Graded(fine), processing_class=TOKENIZER)
+
+
+class Scoring:
+    """Has scores and compares nothing."""
+
+    def score(self, prompts: Any, completions: Any, **_: Any) -> np.ndarray:
+        return np.array([fine(text) for text in completions])
+
+
+def test_a_judge_need_not_answer_what_nobody_asks(make: Make) -> None:
+    trainer = make("run", "ppo", judge=Scoring(), max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_held_out_rows_are_refused(make: Make, tmp_path: Path) -> None:
+    message = "OnlineDPOTrainer: found eval_strategy or eval_dataset"
+    with pytest.raises(PrefoptError, match=message):
+        make(eval_strategy="steps", eval_steps=1)
+    config_class, trainer_class = TRAINERS["online_dpo"]
+    for held_out in ([], [pair_of(PROMPTS[0])]):
+        with pytest.raises(PrefoptError, match=message):
+            trainer_class(
+                tiny_policy(),
+                config_class(output_dir=str(tmp_path), rounds=2, **EVERY_RUN),
+                [pair_of(prompt) for prompt in PROMPTS],
+                judge=Graded(fine),
+                eval_dataset=held_out,
+                processing_class=TOKENIZER,
+            )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "rows", "message"),
+    [
+        ("hypo", {}, "prompts", "found TokenizedPrompts, expected PromptedPairs"),
+        ("drpo", {}, "prompts", "found TokenizedPrompts, expected PromptedAnswers"),
+        ("drpo", {}, "pairs", "found PromptedPairs, expected PromptedAnswers"),
+        ("hypo", {}, "answers", "found PromptedAnswers, expected PromptedPairs"),
+        (
+            "ppo",
+            {"offline_value_weight": 0.5},
+            "prompts",
+            "found TokenizedPrompts, expected PromptedPairs",
+        ),
+    ],
+)
+def test_tokenised_rows_of_the_wrong_kind_are_refused(
+    make: Make, tmp_path: Path, algorithm: str, options: dict[str, Any], rows: str, message: str
+) -> None:
+    source = {"prompts": "ppo", "pairs": "hypo", "answers": "drpo"}[rows]
+    tokenised = make("source", source).prompts
+    with pytest.raises(PrefoptError, match=f"train_dataset: {message}"):
+        make("run", algorithm, rows=tokenised, **options)
+
+
+@pytest.mark.parametrize("algorithm", ["hypo", "drpo", "ppo", "online_dpo"])
+def test_tokenised_rows_of_the_right_kind_train_like_the_rows(make: Make, algorithm: str) -> None:
+    rows = make("rows", algorithm, max_steps=1)
+    tokenised = make("tokenised", algorithm, max_steps=1, rows=rows.prompts)
+    for trainer in (rows, tokenised):
+        trainer.train()
+    assert equal(weights(rows.model), weights(tokenised.model))
 
 
 def test_a_schedule_that_waits_for_losses_is_refused(tmp_path: Path) -> None:
@@ -912,6 +1072,8 @@ def test_check_tells_of_rounds_and_of_a_judge_that_is_not_there_yet(recipe: Path
     options = ["trainer.algorithm=online_dpo"]
     found = check(recipe, options)
     assert (sum(found["rounds"]), len(found["rounds"]), "judge" in found) == (16, 2, False)
+    assert found["samples"] == 2
+    assert "samples" not in check(recipe), "of an algorithm that draws none"
     assert found["train"]["example"]["where"].endswith(".jsonl:1"), "the place of the row"
     missing = check(recipe, [*options, "judge.path=nowhere"])
     assert missing["judge"].startswith("judge.path: ")

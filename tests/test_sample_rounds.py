@@ -10,7 +10,8 @@ import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import torch
 from peft import LoraConfig
 from test_rounds import (
     EVERY_RUN,
+    PEAK,
     PROMPTS,
     SEED,
     TOKENIZER,
@@ -43,21 +45,24 @@ from test_rounds import (
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from prefopt.check import check
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees
 from prefopt.models.load import load_reward_model
 from prefopt.models.logprobs import sequence_log_probs, token_log_probs_of
-from prefopt.reward_models import RuleJudge
+from prefopt.reward_models import RewardModel, RuleJudge
 from prefopt.reward_models.preference_model import PreferenceModel
 from prefopt.rollout.engine import Completion, SamplingSettings
+from prefopt.rollout.hf_engine import TransformersEngine
+from prefopt.rounds.log_probs import LogProbShards
 from prefopt.rounds.resets import reset_length
 from prefopt.rounds.store import Sample, read_lines
 from prefopt.train import make_config, read_recipe, train
-from prefopt.trainers import TRAINERS, ppo
+from prefopt.trainers import TRAINERS, base, critic, ppo
 from prefopt.trainers.dpo import DPOConfig, DPOTrainer
-from prefopt.trainers.episodes import Episode, Numbers, episode_columns
-from prefopt.trainers.ppo import PPOTrainer
+from prefopt.trainers.episodes import Episode, TokenReads, episode_columns
+from prefopt.trainers.ppo import PPOConfig, PPOTrainer
 from prefopt.trainers.rounds import RoundTrainer
 from prefopt.world import WorldPaths, build_world
 
@@ -200,7 +205,12 @@ def test_what_is_to_be_trained_moves_and_nothing_else(make: Make, kind: str, ada
     enable_trees(initial)
     with torch.no_grad():
         expected = reads(initial.eval(), collate_trees(trainer.dataset.trees))
-    stored = torch.cat(list(trainer.dataset.columns["reference"]))
+    if kind in WITH_CRITIC:
+        sizes = [sum(map(len, tree.completions)) for tree in trainer.dataset.trees]
+        folder = trainer.rounds_dir / "0003" / "log_probs" / "initial"
+        stored = torch.cat(LogProbShards(folder, sizes).load())
+    else:
+        stored = torch.cat(list(trainer.dataset.columns["reference"]))
     assert torch.allclose(stored, expected, atol=1e-4)
 
 
@@ -285,15 +295,13 @@ def test_a_judge_that_is_handed_to_hypo_is_not_asked(make: Make) -> None:
 
 def test_the_kl_pulls_hypo_back_to_its_reference(make: Make) -> None:
     """The same steps on pairs, with and without the KL: with it, the policy stays nearer."""
-    free, held = (
-        make("hypo", run, kl_weight=weight, rounds=12, prompts_per_round=4, learning_rate=1e-2)
-        for run, weight in (("free", 1e-9), ("held", 1.0))
-    )
-    for trainer in (free, held):
+    many = sampled_like(samples_per_prompt=16)
+    options = {"rounds": 12, "prompts_per_round": 4, "learning_rate": 1e-2, "sampling": many}
+    distances = []
+    for run, weight in (("free", 1e-9), ("held", 1.0)):
+        trainer = make("hypo", run, kl_weight=weight, **options)
         trainer.train()
-    distances = [
-        np.mean([abs(value) for value in logged(trainer, "kl")[-4:]]) for trainer in (free, held)
-    ]
+        distances.append(np.mean(logged(trainer, "kl")[-4:]))
     assert distances[1] < distances[0] / 2
 
 
@@ -307,6 +315,96 @@ def test_equal_prompts_of_a_batch_have_samples_of_their_own(make: Make, kind: st
     groups = [[s.completion.token_ids for s in group] for group in drawn(trainer).values()]
     assert len(groups) == 2
     assert not {tuple(ids) for ids in groups[0]} & {tuple(ids) for ids in groups[1]}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("hypo", {}), ("drpo", {"reset_probability": 0.0}), ("ppo", {"offline_value_weight": 0.5})],
+    ids=["hypo", "drpo", "ppo"],
+)
+def test_a_round_of_distinct_prompts_is_one_call_of_the_engine(
+    make: Make, kind: str, options: dict[str, Any], parts: int
+) -> None:
+    """For each part of the samples, however often the data set repeats the prompts."""
+    model = brief_policy()
+    engine = Watched(model)
+    trainer = make(
+        kind,
+        model=model,
+        engine=engine,
+        rows=[pair_of(prompt) for prompt in PROMPTS[:4] * 3],
+        train_sampling_strategy="sequential",
+        sampling=[TWO] * parts,
+        rounds=3,
+        learning_rate=0.0,
+        **options,
+    )
+    trainer.train()
+    assert len(engine.calls) == 3 * parts
+    for position in range(4):
+        groups = [drawn(trainer, index)[position] for index in range(3)]
+        answers = {tuple(s.completion.token_ids) for group in groups for s in group}
+        assert len(answers) > 2 * parts, "another round, other noise"
+
+
+@pytest.mark.parametrize("kind", ["hypo", "drpo"])
+def test_a_prompt_that_a_round_repeats_is_another_call(make: Make, kind: str) -> None:
+    model = brief_policy()
+    engine = Watched(model)
+    options = {"reset_probability": 0.0} if kind == "drpo" else {}
+    rows = [pair_of(PROMPTS[n]) for n in (0, 1, 0, 0)]
+    make(kind, model=model, engine=engine, rows=rows, rounds=1, **options).train()
+    assert len(engine.calls) == 3
+    assert len({settings.seed for _, settings in engine.calls}) == 3
+
+
+# --- what is said of samples and judges ----------------------------------------------------------
+
+
+class Silent(TransformersEngine):
+    """Does not say how probable its samples were."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
+        answers = super().generate(*args, **kwargs)
+        return [[replace(answer, log_prob=math.nan) for answer in group] for group in answers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sampler_may_keep_its_log_probs_to_itself(make: Make, kind: str) -> None:
+    model = brief_policy()
+    trainer = make(kind, model=model, engine=Silent(model, TOKENIZER))
+    trainer.train()
+    assert logged_steps(trainer, "sampler_gap") == []
+    assert all(
+        math.isfinite(value) for line in trainer.state.log_history for value in line.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "count"),
+    [("hypo", {"kl_weight": 0.0}, 0), ("hypo", {}, 2), ("mirror_prox", {}, 4), ("ppo", {}, 2)],
+)
+def test_a_run_says_how_many_samples_it_draws(
+    make: Make,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    options: dict[str, Any],
+    count: int,
+) -> None:
+    caplog.set_level("INFO", logger="prefopt")
+    make(kind, **options).train()
+    [said] = [message for message in caplog.messages if " prompts x " in message]
+    assert said.startswith(f"2 rounds of 4 prompts x {count} samples, 1 step(s) each")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_time_of_a_judge_is_logged_where_there_is_one(make: Make, kind: str) -> None:
+    trainer = make(kind)
+    trainer.train()
+    assert len(logged_steps(trainer, "time/generate")) == len(trainer.plan)
+    asked = [] if kind == "hypo" else logged_steps(trainer, "time/generate")
+    assert logged_steps(trainer, "time/judge") == asked
 
 
 # --- the temperature and the age of samples ------------------------------------------------------
@@ -422,6 +520,22 @@ def test_a_reset_forces_part_of_the_offline_answer(make: Make) -> None:
     assert len(heard) == 4 * len(drawn(trainer))
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_resets_are_counted(make: Make, probability: float) -> None:
+    trainer = make("drpo", reset_probability=probability)
+    trainer.train()
+    names = ("rollout/reset", "rollout/forced")
+    if not probability:
+        assert not any(name in report_of(trainer) for name in names)
+        assert logged_steps(trainer, "rollout/reset") == []
+        return
+    forced = [s.forced for group in drawn(trainer).values() for s in group]
+    expected = [np.mean([n > 0 for n in forced]), np.mean(forced)]
+    assert 0 < expected[0] < 1 < expected[1] + 1
+    assert [report_of(trainer)[name] for name in names] == pytest.approx(expected)
+    assert [logged(trainer, name)[0] for name in names] == pytest.approx(expected)
+
+
 def test_resets_are_seeded(make: Make) -> None:
     def cuts(run: str, **options: Any) -> list[int]:
         trainer = make("drpo", run, reset_probability=0.5, **options)
@@ -496,7 +610,7 @@ def test_forced_tokens_teach_the_policy_nothing(
     assert (gradient[forced] == 0).all()
     assert (gradient[inputs["own"]] != 0).any()
     assert inputs["mean_own"] == (~forced).sum().item() / 4
-    for name in ("old", "advantages", "reference"):
+    for name in ("old", "advantages"):
         inputs[name] = torch.where(forced, inputs[name] + 7.0, inputs[name])
     again, same = with_leaf(trainer, inputs, monkeypatch)
     assert torch.equal(again, losses)
@@ -604,7 +718,22 @@ def test_one_sample_is_enough_where_there_is_a_critic(make: Make, kind: str) -> 
         ("ppo", {"vf_coef": -0.1}, "vf_coef: found -0.1"),
         ("ppo", {"gae_lambda": 1.1}, "gae_lambda: found 1.1"),
         ("ppo", {"gae_gamma": -0.1}, "gae_gamma: found -0.1"),
+        ("mirror_prox", {"rounds": 4, "max_steps": 3}, "max_steps: found 3, .* after 2, 4 opt"),
+        (
+            "mirror_prox",
+            {"rounds": 8, "num_train_epochs": 2, "max_steps": 6},
+            r"max_steps: found 6, .* after 4, 8, 12, \.\.\. opt",
+        ),
         ("ppo", {"critic_warmup_rounds": -1}, "critic_warmup_rounds: found -1"),
+        ("ppo", {"critic_warmup_rounds": 2}, "critic_warmup_rounds: found 2 of 2 rounds"),
+        ("drpo", {"critic_warmup_rounds": 9}, "critic_warmup_rounds: found 9 of 2 rounds"),
+        (
+            "ppo",
+            {"critic_warmup_rounds": 1, "max_steps": 1},
+            "max_steps: found 1, all of them in critic_warmup_rounds=1, which take 1 steps",
+        ),
+        ("ppo", {"critic_learning_rate": -1e-3}, "critic_learning_rate: found -0.001"),
+        ("ppo", {"critic_learning_rate": math.nan}, "critic_learning_rate: found nan"),
         ("ppo", {"offline_value_weight": -1.0}, "offline_value_weight: found -1.0"),
         (
             "ppo",
@@ -627,11 +756,24 @@ def test_keys_with_wrong_values_are_refused(
         make(kind, **options)
 
 
-def test_rounds_that_would_end_in_a_half_step_are_left_out(make: Make) -> None:
+def test_rounds_that_would_end_in_a_half_step_are_left_out(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="prefopt")
     trainer = make("mirror_prox", rounds=None, prompts=PROMPTS[:20])
     trainer.train()
     assert len(trainer.plan) == 4, "of five rounds of 4 prompts"
     assert trainer.state.global_step == 4
+    assert [m for m in caplog.messages if "left out" in m] == [
+        "rounds left out, since they would end in a half step: 1"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["ema", "mirror_prox"])
+def test_a_limit_on_steps_may_end_a_whole_step(make: Make, kind: str) -> None:
+    trainer = make(kind, rounds=4, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 # --- the critic ----------------------------------------------------------------------------------
@@ -668,7 +810,7 @@ def test_warm_up_teaches_the_critic_what_the_prompt_foretells(make: Make) -> Non
         judge=judge,
         prompts=PROMPTS[:4],
         prompts_per_round=4,
-        rounds=40,
+        rounds=41,
         critic_warmup_rounds=40,
         critic_learning_rate=3e-3,
         kl_coef=0.0,
@@ -683,6 +825,98 @@ def test_warm_up_teaches_the_critic_what_the_prompt_foretells(make: Make) -> Non
     assert explained[0] == pytest.approx(0, abs=1e-6), "a critic of zeros"
     assert explained[-1] > 0.8
     assert np.mean(explained[-5:]) > np.mean(explained[10:20]) > np.mean(explained[:5])
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_weight_decay_of_the_critic_spares_its_norms(make: Make, adapter: Any) -> None:
+    trainer = make("ppo", weight_decay=0.1, critic_learning_rate=0.5, peft_config=adapter)
+    groups = trainer.create_optimizer().param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    decays = {id(p): group["weight_decay"] > 0 for group in groups for p in group["params"]}
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    trained = {name: p for name, p in trainer.critic.named_parameters() if p.requires_grad}
+    assert {name: decays[id(p)] for name, p in trained.items()} == {
+        name: "norm" not in name for name in trained
+    }
+    assert any("norm" in name for name in trained) == (adapter is None)
+    assert {rates[id(p)] for p in trained.values()} == {0.5}
+    assert {rates[id(p)] for p in trainer.model.parameters() if p.requires_grad} == {PEAK}
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed))
+
+
+def test_norms_of_the_critic_stand_still_under_weight_decay_alone(make: Make) -> None:
+    """Decoupled decay at rate 1/2 x 1/2 a step, with gradients of the critic that weigh nothing."""
+    trainer = make("ppo", vf_coef=0.0, weight_decay=0.5, critic_learning_rate=0.5, max_steps=1)
+    before = weights(trainer.critic)
+    trainer.train()
+    for name, value in weights(trainer.critic).items():
+        assert torch.allclose(value, before[name] * (1.0 if "norm" in name else 0.75)), name
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_the_critic_computes_in_the_precision_of_the_policy(make: Make, adapter: Any) -> None:
+    trainer = make("ppo", bf16=True, peft_config=adapter, num_train_epochs=1)
+    seen: dict[str, set[torch.dtype]] = {"policy": set(), "critic": set()}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: seen[name].add(output.dtype)
+
+    for name, model in (("policy", trainer.model), ("critic", trainer.critic)):
+        layer = next(m for n, m in model.named_modules() if n.endswith("0.self_attn.q_proj"))
+        layer.register_forward_hook(note(name))
+    trainer.train()
+    assert seen == {"policy": {torch.bfloat16}, "critic": {torch.bfloat16}}
+    assert {p.dtype for p in trainer.critic.parameters()} == {torch.float32}
+    assert {column.dtype for column in trainer.dataset.columns["values"]} == {torch.float32}
+
+
+def test_the_critic_is_wrapped_once(make: Make) -> None:
+    trainer = make("ppo", bf16=True, save_strategy="steps", save_steps=1)
+    plain = trainer.critic.forward
+    trainer.train()
+    wrapped = trainer.critic.forward
+    assert wrapped != plain
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.critic.forward is wrapped
+    with pytest.raises(PrefoptError, match="was called before"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("layout", "wrong", "asked", "found"),
+    [
+        ("auto", None, ["policy", "critic"], "tree"),
+        ("auto", "critic", ["policy", "critic"], "separate"),
+        ("auto", "policy", ["policy"], "separate"),
+        ("tree", "critic", [], "tree"),
+        ("separate", None, [], "separate"),
+    ],
+)
+def test_trees_are_used_where_policy_and_critic_both_read_them(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    wrong: str | None,
+    asked: list[str],
+    found: str,
+) -> None:
+    names: list[str] = []
+
+    def agrees(model: nn.Module, trees: Any, dtype: torch.dtype) -> bool:
+        assert not model.training
+        names.append({id(trainer.model): "policy", id(trainer.critic): "critic"}[id(model)])
+        return names[-1] != wrong
+
+    def layout_for(*args: Any) -> str:
+        return "tree" if agrees(*args) else "separate"
+
+    monkeypatch.setattr(base, "layout_for", layout_for)
+    monkeypatch.setattr(critic, "values_agree", agrees)
+    trainer = make("ppo", layout=layout, rounds=2)
+    trainer.train()
+    assert (names, trainer.layout) == (asked, found)
 
 
 def test_offline_answers_teach_the_critic_alone(make: Make) -> None:
@@ -706,15 +940,23 @@ def test_offline_answers_teach_the_critic_alone(make: Make) -> None:
     assert not torch.allclose(weights(both.critic)[score], weights(plain.critic)[score], atol=1e-3)
     rows = [pair_of(PROMPTS[row]) for row in both.plan[0].prompts]
     assert {row[column] for row in rows for column in ("chosen", "rejected")} <= set(heard)
-    # the value of the last token of an offline answer is to be the answer's score
+    # the target at an offline answer's last token is its score, in the unit of the samples' rewards
+    rewards = [
+        (score if sample.completion.finish_reason == "stop" else -1.0) * last
+        for position, group in drawn(both).items()
+        for sample, score in zip(group, judgements(both)[position]["scores"], strict=False)
+        for last in [0] * (len(sample.completion.token_ids) - 1) + [1]
+    ]
+    unit = np.sqrt(np.mean(np.square(rewards)))
+    assert abs(unit - 1) > 0.1
     for index, row in enumerate(rows):
         lengths = [len(ids) for ids in both.dataset.trees[index].completions]
         returns = both.dataset.columns["returns"][index].split(lengths)
         offline = both.dataset.columns["offline"][index].split(lengths)
         assert [bool(part.all()) for part in offline] == [True, True, False, False]
         for part, column in zip(returns, ("chosen", "rejected"), strict=False):
-            assert part[-1].item() == pytest.approx(fine(row[column]), rel=1e-6)
-            assert part[:-1].eq(0).all(), "before that the next value, which is 0 at first"
+            assert part[-1].item() == pytest.approx(fine(row[column]) / unit, rel=1e-4)
+            assert part[:-1].abs().max() < 1e-5, "before that the next value, which is 0 at first"
     mean_score = np.mean([s for line in judgements(both) for s in line["scores"][:2]])
     assert report_of(both)["judge/score"] == pytest.approx(mean_score)
 
@@ -734,11 +976,12 @@ def plain_numbers(**options: Any) -> SimpleNamespace:
         "whiten_advantages": False,
         "gae_gamma": 1.0,
         "gae_lambda": 1.0,
+        "mask_padding": True,
     }
     return SimpleNamespace(**defaults | options)
 
 
-NUMBERS = Numbers(
+READS = TokenReads(
     policy=[torch.tensor([-1.0, -2.0, -3.0])],
     reference=[torch.tensor([-1.5, -2.0, -4.0])],
     values=[torch.tensor([0.1, 0.2, 0.3])],
@@ -752,37 +995,174 @@ def test_padding_that_counts_is_rewarded_like_any_token() -> None:
     returns  their sums from here on: 1.25, 1.5, -0.5
     """
     trees = [PromptTree([5, 6], [[7, 8, 0]])]
-    columns, facts = episode_columns(trees, [Episode(2, 2.0)], NUMBERS, plain_numbers())
+    args = plain_numbers(mask_padding=False)
+    columns, facts = episode_columns(trees, [Episode(2, 2.0)], READS, args)
     assert columns["returns"][0].tolist() == pytest.approx([1.25, 1.5, -0.5])
     assert columns["advantages"][0].tolist() == pytest.approx([1.15, 1.3, -0.8])
     assert columns["own"][0].tolist() == [True, True, True]
     assert columns["sampled"][0].tolist() == [True, True, True]
-    assert columns["real"][0].tolist() == [True, True, False]
-    assert facts["reward"] == 2.0
+    assert (facts["reward"], facts["length/mean"]) == (2.0, 2.0)
+    # over the two tokens that are the policy's: (-1 + 1.5) + (-2 + 2), (1 + 2) / 2
+    assert facts["kl"] == pytest.approx(0.5)
+    assert facts["entropy"] == pytest.approx(1.5)
 
 
 def test_forced_tokens_have_returns_and_are_not_the_policys() -> None:
     trees = [PromptTree([5, 6], [[7, 8, 9]])]
-    columns, _ = episode_columns(trees, [Episode(3, 2.0, forced=1)], NUMBERS, plain_numbers())
+    columns, _ = episode_columns(trees, [Episode(3, 2.0, forced=1)], READS, plain_numbers())
     # rewards -0.25, 0, 2 - 0.5 = 1.5
     assert columns["returns"][0].tolist() == pytest.approx([1.25, 1.5, 1.5])
     assert columns["own"][0].tolist() == [False, True, True]
     assert columns["sampled"][0].tolist() == [True, True, True]
 
 
-def test_whitened_rewards_keep_their_mean_and_advantages_lose_it() -> None:
-    """rewards (-0.25, 0, 1.5): mean 0.41667, deviation 0.77280; lambda 0: advantage = delta."""
+def test_rewards_are_divided_by_their_size() -> None:
+    """rewards (-0.25, 0, 1.5), root mean square 0.87797; with lambda 0 an advantage is a delta."""
     trees = [PromptTree([5, 6], [[7, 8, 9]])]
     args = plain_numbers(whiten_rewards=True, gae_lambda=0.0)
-    columns, _ = episode_columns(trees, [Episode(3, 2.0)], NUMBERS, args)
-    whitened = [(r - 0.4166667) / 0.7728015 + 0.4166667 for r in (-0.25, 0.0, 1.5)]
-    deltas = [whitened[0] + 0.2 - 0.1, whitened[1] + 0.3 - 0.2, whitened[2] - 0.3]
+    columns, _ = episode_columns(trees, [Episode(3, 2.0)], READS, args)
+    scaled = [r / 0.8779712 for r in (-0.25, 0.0, 1.5)]
+    deltas = [scaled[0] + 0.2 - 0.1, scaled[1] + 0.3 - 0.2, scaled[2] - 0.3]
     assert columns["advantages"][0].tolist() == pytest.approx(deltas, rel=1e-5)
+
+
+def test_where_padding_counts_rewards_keep_their_mean() -> None:
+    """The same rewards have the mean 0.41667 and the deviation 0.77280."""
+    trees = [PromptTree([5, 6], [[7, 8, 9]])]
+    args = plain_numbers(whiten_rewards=True, gae_lambda=0.0, mask_padding=False)
+    columns, _ = episode_columns(trees, [Episode(3, 2.0)], READS, args)
+    scaled = [(r - 0.4166667) / 0.7728015 + 0.4166667 for r in (-0.25, 0.0, 1.5)]
+    deltas = [scaled[0] + 0.2 - 0.1, scaled[1] + 0.3 - 0.2, scaled[2] - 0.3]
+    assert columns["advantages"][0].tolist() == pytest.approx(deltas, rel=1e-5)
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1() -> None:
+    trees = [PromptTree([5, 6], [[7, 8, 9]])]
     args = plain_numbers(whiten_advantages=True)
-    columns, _ = episode_columns(trees, [Episode(3, 2.0)], NUMBERS, args)
+    columns, _ = episode_columns(trees, [Episode(3, 2.0)], READS, args)
     advantages = columns["advantages"][0]
     assert advantages.mean().item() == pytest.approx(0, abs=1e-5)
     assert (advantages**2).mean().item() == pytest.approx(1, rel=1e-5)
+
+
+def of_lengths(
+    lengths: Sequence[int], seed: int | None = None
+) -> tuple[list[PromptTree], TokenReads]:
+    """A tree for each answer with its numbers: random ones, or no KL and values of 0."""
+    trees = [PromptTree([5, 6], [[7] * length]) for length in lengths]
+    noise = torch.Generator().manual_seed(seed or 0)
+    rows = [
+        [torch.randn(length, generator=noise) - 3 if seed else torch.zeros(length) for _ in "prv"]
+        for length in lengths
+    ]
+    policy, reference, values = (list(column) for column in zip(*rows, strict=True))
+    return trees, TokenReads(policy, reference, values)
+
+
+def test_answers_of_any_length_and_equal_score_are_worth_the_same() -> None:
+    """Of 100 tokens, 4 have the reward 2: root mean square sqrt(4 x 4 / 100) = 0.4; 2 / 0.4."""
+    lengths = [10, 20, 30, 40]
+    trees, reads = of_lengths(lengths)
+    episodes = [Episode(length, 2.0) for length in lengths]
+    columns, _ = episode_columns(trees, episodes, reads, plain_numbers(whiten_rewards=True))
+    firsts = [returns[0].item() for returns in columns["returns"]]
+    assert firsts == pytest.approx([5.0] * 4, rel=1e-5)
+
+
+def test_padding_that_counts_has_the_numbers_of_the_padded_code() -> None:
+    """KL on every token, score at the last real one, all whitened but for the mean, lambda 0.9."""
+    lengths, width = [2, 5, 3, 6], 6
+    trees, reads = of_lengths([width] * 4, seed=1)
+    scores = [1.0, -2.0, 0.5, 3.0]
+    episodes = [Episode(length, score) for length, score in zip(lengths, scores, strict=True)]
+    args = plain_numbers(
+        whiten_rewards=True, whiten_advantages=True, gae_lambda=0.9, mask_padding=False
+    )
+    columns, _ = episode_columns(trees, episodes, reads, args)
+    policy, reference, values = (
+        torch.stack(list(column)).double().numpy()
+        for column in (reads.policy, reads.reference, reads.values)
+    )
+    rewards = -0.5 * (policy - reference)
+    for row, (length, score) in enumerate(zip(lengths, scores, strict=True)):
+        rewards[row, length - 1] += score
+    rewards = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
+    advantages, later = np.zeros_like(rewards), np.zeros(4)
+    for t in reversed(range(width)):
+        following = values[:, t + 1] if t + 1 < width else 0
+        later = rewards[:, t] + following - values[:, t] + 0.9 * later
+        advantages[:, t] = later
+    assert torch.stack(columns["returns"]).numpy() == pytest.approx(advantages + values, abs=1e-5)
+    whitened = (advantages - advantages.mean()) / advantages.std()
+    assert torch.stack(columns["advantages"]).numpy() == pytest.approx(whitened, abs=1e-5)
+
+
+def test_offline_targets_are_one_step_returns_in_the_unit_of_the_samples() -> None:
+    """The sample's rewards (-0.25, 0, 1.5) have the root mean square 0.87797.
+
+    Those of the offline answer, -0.5 x (-1 + 2) = -0.5 and 4 - 0.5 x (-2 + 1) = 4.5, are divided
+    by it, too, and move it not; to the first one the next value, 0.7, is added.
+    """
+    trees = [PromptTree([5, 6], [[7, 8], [7, 8, 9]])]
+    reads = TokenReads(
+        policy=[torch.tensor([-1.0, -2.0, -1.0, -2.0, -3.0])],
+        reference=[torch.tensor([-2.0, -1.0, -1.5, -2.0, -4.0])],
+        values=[torch.tensor([0.6, 0.7, 0.1, 0.2, 0.3])],
+    )
+    episodes = [Episode(2, 4.0, offline=True), Episode(3, 2.0)]
+    columns, facts = episode_columns(trees, episodes, reads, plain_numbers(whiten_rewards=True))
+    rewards = [r / 0.8779712 for r in (-0.5, 4.5, -0.25, 0.0, 1.5)]
+    expected = [rewards[0] + 0.7, rewards[1], sum(rewards[2:]), sum(rewards[3:]), rewards[4]]
+    assert columns["returns"][0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert (facts["reward"], facts["length/mean"]) == (2.0, 3.0), "of samples alone"
+    assert facts["kl"] == pytest.approx(1.5)
+    assert facts["entropy"] == pytest.approx(2.0)
+
+
+def test_what_is_said_of_a_round_is_said_of_the_tokens_that_were_drawn() -> None:
+    """The second sample's first token is forced; the sampler said -5.2 of the other two.
+
+    kl (0.5 + 0 + 1 and 0 + 1) / 2, entropy (1 + 2 + 3 + 2 + 3) / 5, gap |-5 + 5.2| / 2.
+    """
+    trees = [PromptTree([5, 6], [[7, 8, 9], [7, 8, 9]])]
+    reads = TokenReads(
+        *([torch.cat(list(column) * 2)] for column in (READS.policy, READS.reference)),
+        values=[torch.zeros(6)],
+    )
+    episodes = [Episode(3, 2.0), Episode(3, 1.0, forced=1, log_prob=-5.2)]
+    columns, facts = episode_columns(trees, episodes, reads, plain_numbers())
+    expected = {"reward": 1.5, "kl": 1.25, "entropy": 2.2, "length/mean": 3.0, "sampler_gap": 0.1}
+    assert facts == pytest.approx({**expected, "explained_variance": 0.0}, abs=1e-6)
+    assert columns.keys() == {
+        "old", "values", "advantages", "returns", "own", "sampled", "offline"
+    }  # fmt: skip
+
+
+def test_what_cannot_be_said_of_a_round_is_left_out() -> None:
+    """A sampler that gives no log-probs, and returns that are all the same."""
+    trees, reads = of_lengths([1, 1])
+    _, facts = episode_columns(trees, [Episode(1, 2.0)] * 2, reads, plain_numbers())
+    assert facts.keys() == {"reward", "kl", "entropy", "length/mean"}
+
+
+@pytest.mark.parametrize("kind", WITH_CRITIC)
+def test_a_round_is_described_once_as_it_begins(make: Make, kind: str) -> None:
+    trainer = make(kind, steps_per_round=2, num_train_epochs=2, prompts=PROMPTS[:16])
+    trainer.train()
+    assert trainer.state.global_step == 8
+    for name in ("kl", "entropy", "length/mean", "reward", "explained_variance", "sampler_gap"):
+        assert logged_steps(trainer, name) == [1, 5], name
+    assert logged_steps(trainer, "policy_loss") == logged_steps(trainer, "staleness")
+    assert len(logged(trainer, "policy_loss")) == 8
+    found = [s.completion for group in drawn(trainer).values() for s in group]
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["length/mean"] == np.mean([len(answer.token_ids) for answer in found])
+    path = trainer.rounds_dir / "0000" / "draw-0" / "judgements-00000.jsonl"
+    scores = [score for line in read_lines(path) for score in line["scores"]]
+    paid = [s if a.finish_reason == "stop" else -1 for s, a in zip(scores, found, strict=True)]
+    assert first["reward"] == pytest.approx(np.mean(paid))
+    assert abs(first["kl"]) < 1e-5
+    assert first["sampler_gap"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -823,9 +1203,10 @@ def test_padding_may_count(make: Make, kind: str) -> None:
     trainer.train()
     found = drawn(trainer)
     assert any(len(s.completion.token_ids) < 6 for group in found.values() for s in group)
-    assert abs(logged(trainer, "kl")[0]) < 1e-5
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert abs(first["kl"]) < 1e-5
     means = [len(s.completion.token_ids) for group in found.values() for s in group]
-    assert logged(trainer, "length/mean")[0] == pytest.approx(np.mean(means))
+    assert first["length/mean"] == pytest.approx(np.mean(means))
 
 
 # --- Nash-MP -------------------------------------------------------------------------------------
@@ -911,6 +1292,27 @@ def reward_model(world: WorldPaths, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+def test_the_log_says_what_the_critic_begins_as(
+    make: Make, reward_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="prefopt")
+    make("ppo", "rule")
+    make("ppo", "model", judge=RewardModel.from_pretrained(str(reward_model)))
+    given = load_reward_model(str(reward_model), TOKENIZER)
+    PPOTrainer(
+        brief_policy(),
+        PPOConfig(output_dir="unused", **EVERY_RUN),
+        [{"prompt": prompt} for prompt in PROMPTS[:4]],
+        judge=Graded(fine),
+        critic=given,
+        processing_class=TOKENIZER,
+    )
+    assert [m for m in caplog.messages if "critic begins" in m] == [
+        "the critic begins as the policy's trunk, values of 0",
+        "the critic begins as the judge",
+    ], "and of one that is handed in, nothing"
+
+
 @pytest.fixture
 def recipe(world: WorldPaths, reward_model: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
@@ -943,7 +1345,7 @@ def test_the_algorithm_alone_is_switched(recipe: Path, tmp_path: Path, algorithm
     assert summary["steps"] == (4 if algorithm in ("dpo", "online_dpo", "inpo") else 2)
     final = LlamaForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert all(value.isfinite().all() for value in final.state_dict().values())
-    assert len(summary.get("rounds", [])) == (0 if algorithm == "dpo" else 2)
+    assert len(summary.get("rounds", [])) == (2 if algorithm in ("online_dpo", "inpo") else 0)
 
 
 @pytest.mark.parametrize("algorithm", WITH_CRITIC)
@@ -973,6 +1375,32 @@ def test_a_recipe_whose_samples_would_bias_the_gradient_is_refused(
 ) -> None:
     with pytest.raises(PrefoptError, match=message):
         make_config(read_recipe(recipe, [f"trainer.algorithm={algorithm}", option]))
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["trainer.algorithm=hypo", "trainer.kl_weight=0"], 0),
+        (["trainer.algorithm=hypo", "trainer.kl_weight=0.1"], 2),
+        (["trainer.algorithm=nash_mp"], 2),
+        (["trainer.algorithm=nash_mp", "trainer.mode=mirror_prox", "trainer.phase_rounds=1"], 4),
+        (["trainer.algorithm=ppo"], 2),
+        (["trainer.algorithm=drpo", "rollout.samples_per_prompt=3"], 3),
+    ],
+)
+def test_check_counts_the_samples_that_will_be_drawn(
+    recipe: Path, tmp_path: Path, options: list[str], count: int
+) -> None:
+    assert check(recipe, options)["samples"] == count
+    train(read_recipe(recipe, options))
+    groups = samples(tmp_path / "run" / "rounds" / "0000")
+    assert {len(group) for group in groups.values()} == ({count} if count else set())
+
+
+def test_check_refuses_a_warm_up_without_an_end(recipe: Path) -> None:
+    options = ["trainer.algorithm=ppo", "trainer.critic_warmup_rounds=2"]
+    with pytest.raises(PrefoptError, match="critic_warmup_rounds: found 2 of 2 rounds"):
+        check(recipe, options)
 
 
 def test_a_recipe_for_hypo_needs_no_judge(recipe: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prefopt.data.tree import Layout, PromptTree, collate_trees
 from prefopt.errors import PrefoptError
+from prefopt.models.critic import token_values
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,25 @@ def layout_for(model: nn.Module, trees: Sequence[PromptTree], dtype: torch.dtype
         )
         return "separate"
     return "tree"
+
+
+def values_agree(critic: nn.Module, trees: Sequence[PromptTree], dtype: torch.dtype) -> bool:
+    """Whether a critic reads the same values off a tree as off separate rows.
+
+    Args:
+        critic: A critic after ``enable_trees``, wrapped or not, in eval mode.
+        trees: Some real trees; the longest is used.
+        dtype: The precision the critic computes in, which sets the tolerance.
+    """
+    tree = max(trees, key=lambda t: t.num_tokens)
+    device = next(critic.parameters()).device
+    with torch.no_grad():
+        on_tree, apart = (
+            token_values(critic, collate_trees([tree], layout=layout).to(device))
+            for layout in ("tree", "separate")
+        )
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    return bool((on_tree - apart).abs().mean() <= tolerance * max(1.0, apart.abs().mean().item()))
 
 
 def _plain(model: nn.Module, tree: PromptTree, device: torch.device, per_token: bool) -> Tensor:

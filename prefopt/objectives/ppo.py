@@ -125,32 +125,11 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         >>> whiten(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.bool))
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
-    mean, scale = moments(values, mask)
-    whitened = (values - mean) * scale
-    return _masked(whitened if shift_mean else whitened + mean, mask)
-
-
-def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the mask and ``1 / sqrt(var + 1e-8)``, with the population variance.
-
-    Args:
-        values: Any shape.
-        mask: The same shape, bool, entries to count.
-
-    Returns:
-        Two scalars.
-
-    Raises:
-        PrefoptError: Shapes that differ, a mask that is not bool.
-
-    Examples:
-        >>> import torch
-        >>> moments(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
-        (tensor(2.), tensor(1.))
-    """
     _check_mask(mask, values)
     counted = values[mask]
-    return counted.mean(), torch.rsqrt(_variance(counted) + 1e-8)
+    mean = counted.mean()
+    whitened = (values - mean) * torch.rsqrt(_variance(counted) + 1e-8)
+    return _masked(whitened if shift_mean else whitened + mean, mask)
 
 
 def ppo_policy_loss(

@@ -92,7 +92,8 @@ class TransformersEngine:
         context_length = getattr(
             self.model.config.get_text_config(), "max_position_embeddings", None
         )
-        limits = limits or [settings.max_new_tokens] * len(prompts)
+        if limits is None:
+            limits = [settings.max_new_tokens] * len(prompts)
         check_prompts(prompts, limits, context_length)
         # Longest first: little padding, and what does not fit in memory fails at once.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))

@@ -106,7 +106,10 @@ def collect_samples(
     shards = draw(collector, folder, index, 0, planned, positions, progress, seconds)
     state = PartialState()
     if state.is_main_process:
-        report = {"round": index, **sampling_report(read_samples(collector, folder, shards))}
+        collected = read_samples(collector, folder, shards)
+        report = {"round": index, **sampling_report(collected)}
+        if collector.resets is not None:
+            report |= reset_report(collected)
         write_lines(folder / "round.json", [report])
     state.wait_for_everyone()
     return seconds
@@ -218,12 +221,15 @@ def sampling_report(collected: CollectedSamples) -> dict[str, Any]:
     report: dict[str, Any] = {"prompts": len(collected.samples), "samples": len(drawn)}
     report["rollout/length"] = fmean(len(sample.completion.token_ids) for sample in drawn)
     report["rollout/finished"] = fmean(s.completion.finish_reason == "stop" for s in drawn)
-    if any(sample.forced for sample in drawn):
-        report["rollout/reset"] = fmean(sample.forced > 0 for sample in drawn)
-        report["rollout/forced"] = fmean(sample.forced for sample in drawn)
     if scores:
         report["judge/score"] = fmean(scores)
     return report
+
+
+def reset_report(collected: CollectedSamples) -> dict[str, float]:
+    """How many samples were reset, and how many tokens of a sample were forced."""
+    forced = [sample.forced for group in collected.samples.values() for sample in group]
+    return {"rollout/reset": fmean(n > 0 for n in forced), "rollout/forced": fmean(forced)}
 
 
 def _sample(

@@ -151,12 +151,13 @@ def win_rates(judgement: Judgement, count: int, *, opponents: int = 0) -> list[f
 
 
 def _numbers(answers: Sequence[float] | np.ndarray, count: int) -> list[float]:
-    values: list[float] = np.asarray(answers, dtype=float).tolist()
-    if len(values) != count:
+    values = np.asarray(answers, dtype=float)
+    if values.shape != (count,):
         raise PrefoptError(
-            f"the judge was asked about {count} and gave {len(values)} numbers; correct the judge"
+            f"the judge's answer has the shape {list(values.shape)}, expected [{count}], a number "
+            "for each question; correct the judge"
         )
-    return values
+    return values.tolist()
 
 
 def _all_matches(count: int, opponents: int) -> list[Match]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
+from prefopt.data.template import find_stop
 from prefopt.rollout.engine import Completion, Engine, SamplingSettings, make_completion
 from prefopt.rounds.store import Sample
 
@@ -67,9 +68,11 @@ class Resets:
         return samples
 
     def _length(self, row: int, settings: SamplingSettings) -> int:
+        # a stop token before the end would end the answer in the middle of its forced part
+        stop = find_stop(self.answers[row], frozenset(self.stop_token_ids))
         return reset_length(
             f"{settings.seed}/{settings.first_sample}/{row}",
-            len(self.answers[row]),
+            len(self.answers[row]) if stop is None else stop + 1,
             probability=self.probability,
             limit=settings.max_new_tokens,
         )

@@ -22,8 +22,8 @@ from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
 from prefopt.models.critic import make_critic, reads_same_tokens
-from prefopt.models.forward import enable_trees
-from prefopt.models.layout_check import layout_for
+from prefopt.models.forward import enable_trees, supports_tree_attention
+from prefopt.models.layout_check import values_agree
 from prefopt.rounds.weights import put_weights, read_weights, save_weights, trainable_weights
 from prefopt.trainers.base import disable_dropout
 from prefopt.trainers.reference import shared_fingerprint
@@ -85,7 +85,6 @@ class CriticTrainer(SampleRoundTrainer):
             adapter.task_type = "SEQ_CLS"  # for which the score head is trained beside the adapter
             self.critic = get_peft_model(critic, adapter)
         self.critic_wrapped: nn.Module = self.critic.to(self.args.device)
-        self.critic_is_wrapped = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adds the critic's weights to the policy's as a group with a learning rate of its own."""
@@ -111,9 +110,7 @@ class CriticTrainer(SampleRoundTrainer):
     def before_training(self, resumed: bool) -> None:
         """Wraps the critic as transformers has wrapped the policy: for autocast, for DDP."""
         super().before_training(resumed)
-        if not self.critic_is_wrapped:
-            self.critic_wrapped = self.accelerator.prepare_model(self.critic)
-            self.critic_is_wrapped = True
+        self.critic_wrapped = self.accelerator.prepare_model(self.critic_wrapped)  # once only
 
     def choose_layout(self, trees: Sequence[PromptTree]) -> None:
         """Trees only where the critic's numbers agree on them too."""
@@ -121,7 +118,10 @@ class CriticTrainer(SampleRoundTrainer):
         if self.args.layout == "auto" and self.layout == "tree":
             self.critic_wrapped.eval()
             first = trees[: 4 * self.args.train_batch_size]
-            self.layout = layout_for(self.critic_wrapped, first, self.compute_dtype)
+            able = supports_tree_attention(self.critic)
+            if not (able and values_agree(self.critic_wrapped, first, self.compute_dtype)):
+                logger.warning("the critic's values cannot be read off trees: layout 'separate'")
+                self.layout = "separate"
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: Tensor | float | None = None

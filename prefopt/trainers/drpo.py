@@ -55,6 +55,7 @@ class DRPOTrainer(PPOTrainer):
     """PPO with resets; the arguments are those of :class:`prefopt.trainers.ppo.PPOTrainer`."""
 
     args: DRPOConfig
+    config = DRPOConfig
     prompts: PromptedPairs | PromptedAnswers
 
     def make_collector(self, engine: Engine) -> Collector:

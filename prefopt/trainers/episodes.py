@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prefopt.data.tree import PromptTree
-from prefopt.objectives import explained_variance, gae, moments, token_rewards, whiten
+from prefopt.objectives import explained_variance, gae, token_rewards, whiten
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class TokenReads:
     """What was read of every completion token as the round began, one tensor [tokens] a tree.
 
     Attributes:
@@ -51,14 +51,14 @@ class Numbers:
 
 
 def episode_columns(
-    trees: Sequence[PromptTree], episodes: Sequence[Episode], numbers: Numbers, args: Any
+    trees: Sequence[PromptTree], episodes: Sequence[Episode], reads: TokenReads, args: Any
 ) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
     """Rewards, advantages and returns of a whole round, in which whitening takes its statistics.
 
     Args:
         trees: The trees of the round.
         episodes: Of each completion, tree by tree.
-        numbers: Of each completion token.
+        reads: Of each completion token.
         args: A ``PPOConfig``.
 
     Returns:
@@ -71,7 +71,7 @@ def episode_columns(
     def padded(flat: Sequence[Tensor]) -> Tensor:
         return pad_sequence(list(torch.cat(list(flat)).split(lengths)), batch_first=True)
 
-    old, reference, values = map(padded, (numbers.policy, numbers.reference, numbers.values))
+    old, reference, values = map(padded, (reads.policy, reads.reference, reads.values))
     position = torch.arange(old.shape[1])
     here = position < torch.tensor(lengths)[:, None]
     real = position < torch.tensor([e.length for e in episodes])[:, None]
@@ -83,10 +83,12 @@ def episode_columns(
     rewards = token_rewards(old, reference, real, scores, kl_coef=args.kl_coef)
     rewards -= args.kl_coef * (old - reference) * (here & ~real)
     if args.whiten_rewards:
-        mean, scale = moments(rewards, sampled)
-        # where lengths differ a constant at every token would be a reward for length; the code of
-        # DR-PO keeps the mean, on answers that are all padded to one length
-        rewards = rewards * scale + (0.0 if args.mask_padding else mean * (1 - scale))
+        counted = rewards[sampled]
+        # DR-PO's code scales about the mean and keeps it, on answers that are all padded to one
+        # length; where lengths differ, what that adds to every token would be a reward for length
+        centre = 0.0 if args.mask_padding else counted.mean()
+        scale = torch.rsqrt(((counted - centre) ** 2).mean() + 1e-8)
+        rewards = centre + (rewards - centre) * scale
     advantages, returns = gae(rewards, values, here, gamma=args.gae_gamma, lam=args.gae_lambda)
     if args.whiten_advantages:
         advantages = whiten(advantages, sampled)
@@ -107,12 +109,12 @@ def episode_columns(
     drawn = own & real
     facts = {
         "explained_variance": explained_variance(values, returns, sampled),
-        **_facts(episodes, old, old - reference, drawn),
+        **_sample_means(episodes, old, old - reference, drawn),
     }
     return columns, {name: value for name, value in facts.items() if math.isfinite(value)}
 
 
-def _facts(
+def _sample_means(
     episodes: Sequence[Episode], log_probs: Tensor, ratios: Tensor, drawn: Tensor
 ) -> dict[str, float]:
     """Means over the samples of a round as it begins, on the tokens that the policy drew."""

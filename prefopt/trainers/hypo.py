@@ -40,7 +40,7 @@ class HyPOConfig(SampleRoundConfig, DPOConfig):
     The method's numbers could not be verified; learning rate and ``kl_weight`` are our choice.
     """
 
-    asks: ClassVar[str | None] = None
+    asks: ClassVar[tuple[str, ...]] = ()
     least_samples: ClassVar[int] = 2
 
     kl_weight: float = field(
@@ -57,7 +57,7 @@ class HyPOConfig(SampleRoundConfig, DPOConfig):
         """Pairs."""
         return "pairs"
 
-    def drawn(self, samples_per_prompt: int) -> int:
+    def samples_drawn(self, samples_per_prompt: int) -> int:
         """Samples drawn for a prompt: none without a KL."""
         return samples_per_prompt if self.kl_weight else 0
 
@@ -75,6 +75,7 @@ class HyPOTrainer(SampleRoundTrainer):
     """
 
     args: HyPOConfig
+    config = HyPOConfig
     prompts: PromptedPairs
 
     def __init__(

@@ -64,7 +64,13 @@ class INPOConfig(PairRoundConfig):
 class INPOTrainer(PairRoundTrainer):
     """Trains on pairs of its own samples; see :class:`prefopt.trainers.rounds.RoundTrainer`."""
 
-    frozen = ("reference", "previous")
+    config = INPOConfig
+    args: INPOConfig
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The policy the run began with, and the one that drew the samples."""
+        return ("reference", "previous")
 
     def tree_losses(
         self, model: nn.Module, inputs: dict[str, Any]

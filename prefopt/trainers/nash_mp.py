@@ -71,7 +71,7 @@ class NashMPConfig(SampleRoundConfig):
         if self.phase_rounds < 1:
             raise PrefoptError(f"phase_rounds: found {self.phase_rounds}, expected 1 or more")
 
-    def drawn(self, samples_per_prompt: int) -> int:
+    def samples_drawn(self, samples_per_prompt: int) -> int:
         """Samples drawn for a prompt: with two phases, the opponent's as well."""
         return samples_per_prompt * (2 if self.mode == "mirror_prox" else 1)
 
@@ -98,21 +98,31 @@ class NashMPTrainer(SampleRoundTrainer):
     """
 
     args: NashMPConfig
+    config = NashMPConfig
 
-    def __init__(self, model: nn.Module, args: NashMPConfig, *rest: Any, **kwargs: Any) -> None:
-        self.two_phases = args.mode == "mirror_prox"
-        self.target = "target"
-        if args.mode == "ema" and args.kappa == 0:
-            self.target = "initial"
-        # at kappa = 1 the target is the policy itself and has no pull
-        self.prox = 0.0 if args.mode == "ema" and args.kappa == 1 else args.prox
-        self.keeps = ("target", "half") if self.two_phases else ()
-        if not self.two_phases and self.prox and self.target == "target":
-            self.keeps = ("target",)
-        self.opponent = "target"
-        super().__init__(model, args, *rest, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.opponent = "target"  # whose weights they are, in the phase that is on
         if self.two_phases:
             self._check_whole_steps()
+
+    @property
+    def two_phases(self) -> bool:
+        """Whether this is mirror prox."""
+        return self.args.mode == "mirror_prox"
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The weights that are kept beside the initial ones."""
+        if self.two_phases:
+            return ("target", "half")
+        # at kappa = 0 the target is the initial policy
+        return ("target",) if self.prox and self.args.kappa else ()
+
+    @property
+    def prox(self) -> float:
+        """The weight of the target; at kappa = 1 it is the policy itself and has no pull."""
+        return 0.0 if self.args.mode == "ema" and self.args.kappa == 1 else self.args.prox
 
     def _check_whole_steps(self) -> None:
         """Says how many rounds are left out; refuses a limit that would end in a half step."""
@@ -178,7 +188,7 @@ class NashMPTrainer(SampleRoundTrainer):
                 for _, judgement in sorted(collected.judgements.items())
             ],
         }
-        if self.prox and self.target != "initial":
+        if self.prox and "target" in self.keeps:
             columns["target"] = self.stored("target", index, trees, moved)
         return columns
 

@@ -47,9 +47,14 @@ class OnlineDPOConfig(PairRoundConfig, DPOConfig):
 class OnlineDPOTrainer(PairRoundTrainer):
     """Trains on pairs of its own samples; see :class:`prefopt.trainers.rounds.RoundTrainer`."""
 
-    def __init__(self, model: nn.Module, args: OnlineDPOConfig, *rest: Any, **kwargs: Any) -> None:
-        self.frozen = ("reference",) if needs_reference(args.loss_type) else ()
-        super().__init__(model, args, *rest, **kwargs)
+    config = OnlineDPOConfig
+
+    args: OnlineDPOConfig
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The reference, for a loss that has one."""
+        return ("reference",) if needs_reference(self.args.loss_type) else ()
 
     def tree_losses(
         self, model: nn.Module, inputs: dict[str, Any]

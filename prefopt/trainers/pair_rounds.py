@@ -23,7 +23,7 @@ from prefopt.rollout.engine import SamplingSettings
 from prefopt.rounds.collect import Ask
 from prefopt.rounds.pairing import PairingSettings, check_samples, judge_samples
 from prefopt.rounds.pairs import collect_pairs, pairs_are_collected, read_pairs, sampled_trees
-from prefopt.rounds.store import round_folder
+from prefopt.rounds.store import read_lines, round_folder
 from prefopt.rounds.weights import exchanged, put_weights, read_weights
 from prefopt.trainers.base import TreeDataset
 from prefopt.trainers.reference import report_initial_margins, stored_log_probs
@@ -111,8 +111,12 @@ class PairRoundTrainer(RoundTrainer):
     The arguments are those of :class:`prefopt.trainers.rounds.RoundTrainer`.
     """
 
-    frozen: tuple[str, ...] = ("reference",)  # log-probs a loss needs: reference, previous
     args: PairRoundConfig
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The frozen log-probs that the loss needs: ``reference``, ``previous``."""
+        raise NotImplementedError
 
     # --- a round ---------------------------------------------------------------------------------
 
@@ -211,6 +215,11 @@ class PairRoundTrainer(RoundTrainer):
         return len(self.plan) > 1 and (reference or self.args.initial_policy == "initial")
 
     # --- what is said ----------------------------------------------------------------------------
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Counts and means of every round so far, as their ``round.json`` say."""
+        paths = (round_folder(self.rounds_dir, k) / "round.json" for k in range(len(self.plan)))
+        return [report for path in paths if path.exists() for report in read_lines(path)]
 
     def announce(self, opened: OpenRound, facts: dict[str, Any]) -> None:
         """Says and logs what a round begins with."""

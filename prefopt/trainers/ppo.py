@@ -29,7 +29,7 @@ from prefopt.rounds.judging import Judgement, score_samples
 from prefopt.rounds.plan import PlannedRound
 from prefopt.rounds.store import Sample
 from prefopt.trainers.critic import CriticTrainer
-from prefopt.trainers.episodes import Episode, Numbers, episode_columns
+from prefopt.trainers.episodes import Episode, TokenReads, episode_columns
 from prefopt.trainers.round_rows import Rows
 from prefopt.trainers.sample_rounds import SampleRoundConfig
 
@@ -42,7 +42,7 @@ class PPOConfig(SampleRoundConfig):
     the score of unfinished answers are the values of the code of arXiv 2404.08495.
     """
 
-    asks: ClassVar[str | None] = "score"
+    asks: ClassVar[tuple[str, ...]] = ("score",)
 
     learning_rate: float = field(default=3e-6, metadata={"help": "Peak learning rate."})
     critic_learning_rate: float | None = field(
@@ -61,7 +61,7 @@ class PPOConfig(SampleRoundConfig):
     gae_gamma: float = field(default=1.0, metadata={"help": "Discount of a token."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Of generalised advantages."})
     whiten_rewards: bool = field(
-        default=True, metadata={"help": "Divide a round's token rewards by their deviation."}
+        default=True, metadata={"help": "Divide a round's token rewards by their root mean square."}
     )
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Give a round's advantages mean 0 and variance 1."}
@@ -117,6 +117,16 @@ class PPOTrainer(CriticTrainer):
     """Trains on scored samples; see :class:`prefopt.trainers.critic.CriticTrainer`."""
 
     args: PPOConfig
+    config = PPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        warmup = sum(self.planned_steps[: self.args.critic_warmup_rounds])
+        if self.args.max_steps <= warmup:
+            raise PrefoptError(
+                f"max_steps: found {self.args.max_steps}, all of them in critic_warmup_rounds="
+                f"{self.args.critic_warmup_rounds}, which take {warmup} steps and train no policy"
+            )
 
     # --- what a round holds ----------------------------------------------------------------------
 
@@ -178,10 +188,9 @@ class PPOTrainer(CriticTrainer):
         offline = len(tree.completions) - count
         found = [
             Episode(len(ids), score, offline=True)
-            for ids, score in zip(tree.completions, scores[count:], strict=False)
+            for ids, score in zip(tree.completions[:offline], scores[count:], strict=True)
         ]
-        assert len(found) == offline
-        for sample, score in zip(samples, scores, strict=False):
+        for sample, score in zip(samples, scores[:count], strict=True):
             answer = sample.completion
             ended = answer.finish_reason == "stop"
             if not args.mask_padding:  # DR-PO's code looks for padding after the answer
@@ -196,26 +205,19 @@ class PPOTrainer(CriticTrainer):
     ) -> Mapping[str, Sequence[Any]]:
         """Numbers of every token: old log-probs and values, advantages and returns, masks."""
         args, sizes = self.args, [sum(map(len, tree.completions)) for tree in trees]
-        read = partial(token_log_probs_of, temperature=self.temperature)
-        tokens: dict[str, Any] = {"read": read, "sizes": sizes}
-        numbers = Numbers(
-            self.stored("policy", index, trees, moved, **tokens),
-            self.stored("initial", index, trees, moved, **tokens),
-            self.stored(
-                "critic",
-                index,
-                trees,
-                moved,
-                model=self.critic_wrapped,
-                read=token_values,
-                sizes=sizes,
-            ),
+        log_probs = partial(token_log_probs_of, temperature=self.temperature)
+        stored = partial(self.stored, index=index, trees=trees, moved=moved, sizes=sizes)
+        reads = TokenReads(
+            policy=stored("policy", read=log_probs),
+            reference=stored("initial", read=log_probs),
+            values=stored("critic", read=token_values, model=self.critic_wrapped),
         )
         episodes = chain.from_iterable(
             self.episodes(tree, collected.samples[p], collected.judgements[p].scores)
             for p, tree in enumerate(trees)
         )
-        columns, self.round_facts = episode_columns(trees, list(episodes), numbers, args)
+        # facts are logged where the round begins
+        columns, self.round_facts = episode_columns(trees, list(episodes), reads, args)
         return columns
 
     def begin_training(self, index: int) -> dict[str, float]:
@@ -238,6 +240,7 @@ class PPOTrainer(CriticTrainer):
         """The policy's loss over its own tokens and the critic's over all, each a mean."""
         trees: TreeBatch = inputs["trees"]
         losses, metrics = self._value_losses(trees, inputs)
+        metrics["staleness"] = torch.full_like(losses, float(self.staleness))
         assert self.current is not None
         if self.current.index < self.args.critic_warmup_rounds:
             return losses, metrics  # without a graph of the policy its optimiser passes it over
@@ -270,11 +273,7 @@ class PPOTrainer(CriticTrainer):
         clipped = ppo_policy_loss(log_probs, old, inputs["advantages"], clip=self.args.clip)
         losses = _per_tree(clipped * own, trees) / inputs["mean_own"]
         outside = ((log_probs - old).exp() - 1).abs() > self.args.clip
-        return losses, {
-            "policy_loss": losses,
-            "clip_fraction": outside[own].float(),
-            "staleness": torch.full_like(losses, float(self.staleness)),
-        }
+        return losses, {"policy_loss": losses, "clip_fraction": outside[own].float()}
 
 
 def _per_tree(token_values: Tensor, trees: TreeBatch) -> Tensor:

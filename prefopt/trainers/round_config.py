@@ -43,7 +43,7 @@ OPTIMIZER_STATES = ("fresh", "continue")
 class RoundConfig(TreeTrainerConfig):
     """Keys of training in rounds; ``num_train_epochs`` is the passes over the rows of a round."""
 
-    asks: ClassVar[str | None] = "prefer"  # of the judge: prefer | score | None
+    asks: ClassVar[tuple[str, ...]] = ("score", "prefer")  # the questions to the judge
 
     rounds: int | None = field(
         default=3, metadata={"help": "Rounds; null: as many as one pass over the prompts fills."}
@@ -98,7 +98,7 @@ class RoundConfig(TreeTrainerConfig):
         micro_batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return micro_batch * self.world_size
 
-    def drawn(self, samples_per_prompt: int) -> int:
+    def samples_drawn(self, samples_per_prompt: int) -> int:
         """Samples that are drawn for a prompt of which so many are asked for."""
         return samples_per_prompt
 

@@ -91,6 +91,8 @@ class RoundTrainer(TreeTrainer):
         PrefoptError: Something is missing, or settings do not go together.
     """
 
+    config: type[RoundConfig] = RoundConfig
+
     def __init__(
         self,
         model: nn.Module,
@@ -104,10 +106,10 @@ class RoundTrainer(TreeTrainer):
     ) -> None:
         if train_dataset is None or processing_class is None:
             raise PrefoptError(f"{type(self).__name__} needs train_dataset and processing_class")
-        if not isinstance(args, RoundConfig):
+        if not isinstance(args, self.config):
             raise PrefoptError(
-                f"args: found {type(args).__name__}, expected the configuration that belongs to "
-                f"{type(self).__name__}"
+                f"args: found {type(args).__name__}, but {type(self).__name__} needs "
+                f"{self.config.__name__}"
             )
         if args.eval_strategy != "no" or kwargs.get("eval_dataset") is not None:
             raise PrefoptError(
@@ -144,6 +146,7 @@ class RoundTrainer(TreeTrainer):
         )
         self.collector = self.make_collector(_InPrecisionOf(self, engine))
         self.current: OpenRound | None = None
+        self.begun = False
         self.facts = self._facts(kwargs.get("peft_config"))
         self.add_callback(_AfterSteps(self))
 
@@ -216,6 +219,12 @@ class RoundTrainer(TreeTrainer):
 
     def before_training(self, resumed: bool) -> None:
         """Checks that the rounds on disk are this run's, and keeps the initial weights."""
+        if self.begun and not resumed:
+            raise PrefoptError(
+                f"{type(self).__name__}: train() was called before, and rounds begin with the "
+                "policy that was handed in; make a new trainer"
+            )
+        self.begun = True
         self.current, self.layout_chosen = None, False
         self.reports_of: list[dict[str, Any]] = []  # of each round so far
         path, main = self.rounds_dir / "start.json", self.accelerator.is_main_process
@@ -229,8 +238,8 @@ class RoundTrainer(TreeTrainer):
                 )
         if main:
             remove_partial(self.rounds_dir)
-        begun = path.exists() and self.initial_weights.exists()
-        if main and self.uses_initial_weights and not begun:
+        kept = path.exists() and self.initial_weights.exists()
+        if main and self.uses_initial_weights and not kept:
             if resumed:
                 raise PrefoptError(
                     f"{self.initial_weights}: the weights this run began with are gone; restore "
@@ -340,11 +349,6 @@ class RoundTrainer(TreeTrainer):
         """Optimiser steps over so many rows, all passes together."""
         return math.ceil(math.ceil(rows * self.args.num_train_epochs) / self.args.global_batch)
 
-    def reports(self) -> list[dict[str, Any]]:
-        """Counts and means of every round so far, as their ``round.json`` say."""
-        paths = (round_folder(self.rounds_dir, k) / "round.json" for k in range(len(self.plan)))
-        return [report for path in paths if path.exists() for report in read_lines(path)]
-
     # --- the learning rate -----------------------------------------------------------------------
 
     def create_scheduler(
@@ -452,19 +456,19 @@ class _AfterSteps(TrainerCallback):
             control.should_save = True  # after the last step transformers saves by itself
 
 
-def check_judge(name: str, asks: str | None, judge: Judge | None) -> None:
+def check_judge(name: str, asks: Sequence[str], judge: object) -> None:
     """Checks that a judge can answer what an algorithm asks.
 
     Raises:
         PrefoptError: It is no judge, or it only compares where scores are asked for.
     """
-    if asks and not isinstance(judge, Judge):
+    if isinstance(judge, type) or not all(callable(getattr(judge, ask, None)) for ask in asks):
         raise PrefoptError(
-            f"judge: found {type(judge).__name__}, but {name} needs a judge with score and prefer; "
+            f"judge: found {type(judge).__name__}, but {name} needs one with {' and '.join(asks)}; "
             "prefopt.reward_models has RewardModel.from_pretrained, PreferenceModel and, for a "
             "function, RuleJudge"
         )
-    if asks == "score" and getattr(judge, "compares_only", False):
+    if asks == ("score",) and getattr(judge, "compares_only", False):
         raise PrefoptError(
             f"{name} needs a score of each answer by itself, but {type(judge).__name__} only "
             "compares answers to one prompt; use a reward model or a rule, or an algorithm that "

@@ -121,7 +121,6 @@ class SampleRoundTrainer(RoundTrainer):
     The arguments are those of :class:`prefopt.trainers.rounds.RoundTrainer`.
     """
 
-    keeps: tuple[str, ...] = ()  # names of weights beside the initial ones
     args: SampleRoundConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -139,6 +138,11 @@ class SampleRoundTrainer(RoundTrainer):
         return bool(self.sampling)
 
     # --- what an algorithm says ------------------------------------------------------------------
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The names of the weights that are kept beside the initial ones."""
+        return ()
 
     def offline_answers(self, row: int) -> list[list[int]]:
         """Token ids of a row's offline answers that stand in its tree before the samples."""
@@ -249,7 +253,7 @@ class SampleRoundTrainer(RoundTrainer):
                 "temperature %s",
                 len(self.plan),
                 len(self.plan[0].prompts),
-                self.args.drawn(self.samples_per_prompt),
+                self.args.samples_drawn(self.samples_per_prompt),
                 opened.steps,
                 self.args.optimizer_state,
                 self.temperature,

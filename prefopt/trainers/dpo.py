@@ -107,13 +107,20 @@ class DPOTrainer(TreeTrainer):
                 "this data set has no reference log-probs: hand it in as train_dataset or "
                 "eval_dataset and call train(), which computes them"
             )
-        return dpo_losses(
-            self.args,
-            sequence_log_probs(model, inputs["trees"]),
-            inputs["trees"].lengths,
-            reference=inputs.get("reference"),
-            p_chosen=inputs.get("p_chosen"),
-        )
+        return pair_tree_losses(self.args, model, inputs)
+
+
+def pair_tree_losses(
+    args: DPOConfig, model: nn.Module, inputs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each pair of a batch of pairs and its metrics, each [trees]."""
+    return dpo_losses(
+        args,
+        sequence_log_probs(model, inputs["trees"]),
+        inputs["trees"].lengths,
+        reference=inputs.get("reference"),
+        p_chosen=inputs.get("p_chosen"),
+    )
 
 
 def dpo_losses(

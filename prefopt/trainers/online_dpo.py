@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefopt.errors import PrefoptError
-from prefopt.models.logprobs import sequence_log_probs
 from prefopt.objectives import HARD_LABELS_ONLY, needs_reference
-from prefopt.trainers.dpo import DPOConfig, dpo_losses
+from prefopt.trainers.dpo import DPOConfig, pair_tree_losses
 from prefopt.trainers.pair_rounds import PairRoundConfig, PairRoundTrainer
 
 
@@ -60,10 +59,4 @@ class OnlineDPOTrainer(PairRoundTrainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair and the metrics of DPO."""
-        return dpo_losses(
-            self.args,
-            sequence_log_probs(model, inputs["trees"]),
-            inputs["trees"].lengths,
-            reference=inputs.get("reference"),
-            p_chosen=inputs.get("p_chosen"),
-        )
+        return pair_tree_losses(self.args, model, inputs)

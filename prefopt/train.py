@@ -30,7 +30,7 @@ from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
 from prefopt.models.load import load_policy, load_reward_model, load_tokenizer
 from prefopt.recipe import Recipe, SamplingPart, load_recipe
-from prefopt.reward_models import load_judge
+from prefopt.reward_models import JUDGES, load_judge
 from prefopt.reward_models.preference_trainer import (
     PreferenceModelConfig,
     PreferenceModelTrainer,
@@ -56,8 +56,6 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Trainer]]] = {
     "reward_model": (RewardModelConfig, RewardModelTrainer),
     "preference_model": (PreferenceModelConfig, PreferenceModelTrainer),
 }
-
-COMPARE_ONLY = {"preference_model"}  # kinds of judges whose scores are relative
 
 # what a judge is worth on held-out rows
 JUDGE_REPORTS: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -384,7 +382,8 @@ def _check_judge_section(recipe: Recipe, args: RoundConfig) -> None:
             f"{algorithm} has its samples judged: the recipe needs a section judge, such as "
             "judge: {kind: reward_model, path: runs/reward_model/final}"
         )
-    if args.asks == ("score",) and recipe.judge is not None and recipe.judge.kind in COMPARE_ONLY:
+    only_scores = args.asks == ("score",)
+    if only_scores and recipe.judge is not None and JUDGES[recipe.judge.kind].compares_only:
         raise PrefoptError(
             f"judge.kind: found {recipe.judge.kind}, which only compares answers to one prompt, "
             f"but {algorithm} needs a score of each by itself; use judge.kind reward_model, or an "

@@ -15,6 +15,7 @@ from prefopt.reward_models.rule import RuleJudge
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
 
 __all__ = [
+    "JUDGES",
     "PreferenceModel",
     "PreferenceModelConfig",
     "PreferenceModelTrainer",
@@ -25,7 +26,8 @@ __all__ = [
     "load_judge",
 ]
 
-_JUDGES: dict[str, Any] = {"reward_model": RewardModel, "preference_model": PreferenceModel}
+# kind in a recipe -> judge
+JUDGES: dict[str, Any] = {"reward_model": RewardModel, "preference_model": PreferenceModel}
 
 
 def load_judge(kind: str, path: str, *, device: str | torch.device | None = None) -> Judge:
@@ -39,7 +41,7 @@ def load_judge(kind: str, path: str, *, device: str | torch.device | None = None
     Raises:
         PrefoptError: The kind is unknown, or ``path`` holds no judge of that kind.
     """
-    if kind not in _JUDGES:
-        raise PrefoptError(f"judge.kind: found {kind!r}, expected {' or '.join(_JUDGES)}")
-    judge: Judge = _JUDGES[kind].from_pretrained(path, device=device)
+    if kind not in JUDGES:
+        raise PrefoptError(f"judge.kind: found {kind!r}, expected {' or '.join(JUDGES)}")
+    judge: Judge = JUDGES[kind].from_pretrained(path, device=device)
     return judge

@@ -5,11 +5,10 @@ The judge is a rule on the text, so that every claim about pairs can be counted 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -165,12 +164,7 @@ def make_trainer(
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap() -> Iterator[None]:
-    """Every run begins with a garbage collection, a third of a second with all that is imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 Make = Callable[..., RoundTrainer]

@@ -29,7 +29,6 @@ from prefopt.rounds.store import (
     Sample,
     judgements_path,
     read_judgements,
-    read_lines,
     read_rollouts,
     rollouts_path,
     write_judgements,
@@ -53,7 +52,8 @@ class Collector:
         sampling: The settings of each part of a prompt's samples; their ``samples_per_prompt`` add
             up, ``seed`` and ``first_sample`` are set here.
         prompts_per_shard: Prompts in a file.
-        seed: Of the run; every round, redraw and pass over the prompts has noise of its own.
+        seed: Of the run; every round, every redraw and every recurrence of a prompt in a round has
+            noise of its own.
         opponent: Draws as many samples again, which come after the policy's.
         resets: Begins samples with a part of an offline answer.
         judged_too: The texts of a row's offline answers that are judged behind its samples.
@@ -103,10 +103,10 @@ def collect_samples(
     if samples_are_collected(folder):
         return seconds
     positions = range(len(planned.prompts))
-    shards = draw(collector, folder, index, 0, planned, positions, progress, seconds)
+    draw(collector, folder, index, 0, planned, positions, progress, seconds)
     state = PartialState()
     if state.is_main_process:
-        collected = read_samples(collector, folder, shards)
+        collected = read_samples(collector, folder, planned)
         report = {"round": index, **sampling_report(collected)}
         if collector.resets is not None:
             report |= reset_report(collected)
@@ -120,20 +120,18 @@ def samples_are_collected(folder: Path) -> bool:
     return (folder / "round.json").exists()
 
 
-def read_samples(collector: Collector, folder: Path, shards: int | None = None) -> CollectedSamples:
+def read_samples(collector: Collector, folder: Path, planned: PlannedRound) -> CollectedSamples:
     """What is on disk of a round's first draw.
 
     Args:
         collector: What the round was collected with.
         folder: The round's folder.
-        shards: How many files there are of each kind; None: as many as the report's prompts fill.
+        planned: Its prompts.
 
     Raises:
         PrefoptError: A file is missing or cannot be read.
     """
-    if shards is None:
-        (report,) = read_lines(folder / "round.json")
-        shards = math.ceil(report["prompts"] / collector.prompts_per_shard)
+    shards = math.ceil(len(planned.prompts) / collector.prompts_per_shard)
     samples: dict[int, list[Sample]] = {}
     judgements: dict[int, Judgement] = {}
     for shard in range(shards):

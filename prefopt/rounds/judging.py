@@ -139,11 +139,9 @@ def win_rates(judgement: Judgement, count: int, *, opponents: int = 0) -> list[f
     Returns:
         One win rate for each sample that is not an opponent's.
     """
-    known = {(i, j): p for i, j, p in judgement.matches}
     table = np.full((count, count), 0.5)  # samples of the same text were not compared
-    for i, j in _all_matches(count, opponents):
-        table[i, j] = known.get((i, j), 0.5)
-        table[j, i] = 1 - table[i, j]
+    for i, j, p in judgement.matches:
+        table[i, j], table[j, i] = p, 1 - p
     own = count - opponents
     if opponents:
         return table[:own, own:].mean(1).tolist()

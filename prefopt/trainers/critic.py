@@ -1,6 +1,6 @@
 """A second model that is trained beside the policy, by the same steps: the critic of PPO.
 
-transformers' loop knows one model. The critic's weights are a group of their own in its optimiser,
+transformers' loop knows one model. The critic's weights are groups of their own in its optimiser,
 so that schedule, accumulation and checkpoints are shared; what the loop does to its model alone
 (wrapping, clipping, clearing gradients, saving) is done for the critic here.
 """
@@ -87,7 +87,7 @@ class CriticTrainer(SampleRoundTrainer):
         self.critic_wrapped: nn.Module = self.critic.to(self.args.device)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Adds the critic's weights to the policy's as a group with a learning rate of its own."""
+        """Adds the critic's weights to the policy's, in groups with a rate of their own."""
         begun = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if begun:

@@ -92,8 +92,9 @@ def episode_columns(
     advantages, returns = gae(rewards, values, here, gamma=args.gae_gamma, lam=args.gae_lambda)
     if args.whiten_advantages:
         advantages = whiten(advantages, sampled)
-    _, one_step = gae(rewards, values, here, gamma=args.gae_gamma, lam=0.0)
-    returns = torch.where(offline, one_step, returns)
+    if offline.any():
+        _, one_step = gae(rewards, values, here, gamma=args.gae_gamma, lam=0.0)
+        returns = torch.where(offline, one_step, returns)
 
     table = {
         "old": old,

@@ -146,10 +146,8 @@ class PPOTrainer(CriticTrainer):
         return replace(collector, judged_too=self._offline_texts)
 
     def _offline_texts(self, row: int) -> list[str]:
-        answers = self.offline_answers(row)
-        return [
-            make_completion(ids, self.stop_token_ids, self.processing_class).text for ids in answers
-        ]
+        answers, stop = self.offline_answers(row), self.stop_token_ids
+        return [make_completion(ids, stop, self.processing_class).text for ids in answers]
 
     @property
     def stop_token_ids(self) -> list[int]:

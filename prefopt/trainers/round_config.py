@@ -98,6 +98,11 @@ class RoundConfig(TreeTrainerConfig):
         micro_batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return micro_batch * self.world_size
 
+    @property
+    def prompts_of_a_round(self) -> int | None:
+        """Prompts in each round; None: one pass, split evenly over the rounds."""
+        return self.prompts_per_round
+
     def samples_drawn(self, samples_per_prompt: int) -> int:
         """Samples that are drawn for a prompt of which so many are asked for."""
         return samples_per_prompt
@@ -119,7 +124,7 @@ class RoundConfig(TreeTrainerConfig):
         return plan_rounds(
             num_rows,
             rounds=self.rounds,
-            prompts_per_round=self.prompts_per_round,
+            prompts_per_round=self.prompts_of_a_round,
             seed=self.seed,
             shuffle=self.train_sampling_strategy == "random",
         )

@@ -7,8 +7,8 @@ one global batch, so that every step is taken on samples of the newest policy.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from prefopt.rounds.collect import (
     read_samples,
     samples_are_collected,
 )
-from prefopt.rounds.plan import PlannedRound, plan_rounds
 from prefopt.rounds.store import Sample, round_folder
 from prefopt.rounds.weights import (
     Weights,
@@ -72,19 +71,12 @@ class SampleRoundConfig(RoundConfig):
             raise PrefoptError(f"steps_per_round: found {self.steps_per_round}, expected 1 or more")
         super().__post_init__()
 
-    def plan(self, num_rows: int) -> list[PlannedRound]:
-        """The rows of each round.
-
-        Raises:
-            PrefoptError: They cannot be dealt to rounds as asked.
-        """
-        return plan_rounds(
-            num_rows,
-            rounds=self.rounds,
-            prompts_per_round=self.prompts_per_round or self.steps_per_round * self.global_batch,
-            seed=self.seed,
-            shuffle=self.train_sampling_strategy == "random",
-        )
+    @property
+    def prompts_of_a_round(self) -> int:
+        """Prompts in each round."""
+        if self.prompts_per_round is None:
+            return self.steps_per_round * self.global_batch
+        return self.prompts_per_round
 
     def check_sampling(self, sampling: Sequence[SamplingSettings]) -> None:
         """Checks that samples drawn like this are samples of the policy that is trained.
@@ -175,11 +167,9 @@ class SampleRoundTrainer(RoundTrainer):
         for name in self.keeps:
             self.kept[name] = read_weights(self.policy, folder / "kept" / name)
 
-    @contextmanager
-    def weights_of(self, name: str) -> Iterator[None]:
+    def weights_of(self, name: str) -> AbstractContextManager[None]:
         """The policy with weights that are kept."""
-        with exchanged(self.policy, self.kept[name]):
-            yield
+        return exchanged(self.policy, self.kept[name])
 
     def is_collected(self, folder: Path) -> bool:
         """Whether a round's samples are on disk."""
@@ -207,7 +197,8 @@ class SampleRoundTrainer(RoundTrainer):
         """A tree a prompt: its offline answers, then its samples."""
         collected = CollectedSamples({row: [] for row in range(self.rows_of_round(index))}, {})
         if self.sampling:
-            collected = read_samples(self.collector, round_folder(self.rounds_dir, index))
+            folder = round_folder(self.rounds_dir, index)
+            collected = read_samples(self.collector, folder, self.plan[index])
         trees = [
             self.make_tree(row, collected.samples[position][: self.samples_per_prompt])
             for position, row in enumerate(self.plan[index].prompts)

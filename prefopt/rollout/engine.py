@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from prefopt.errors import PrefoptError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 MIN_TEMPERATURE = 1e-6
@@ -96,27 +97,34 @@ class Completion:
     log_prob: float = field(default=math.nan, compare=False)
 
 
+# told of a prompt's number and its completions, once for each prompt, as soon as it has them all
+Done = Callable[[int, list["Completion"]], None]
+
+
 class Engine(Protocol):
-    """Anything that continues prompts."""
+    """Anything that continues prompts.
+
+    Attributes:
+        continuous: Whether the engine refills its batch as completions end, so that one call for
+            everything there is to sample serves it best.
+    """
+
+    continuous: bool
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings,
+        settings: SamplingSettings | Sequence[SamplingSettings],
         *,
-        limits: Sequence[int] | None = None,
-        progress: Callable[[int], None] | None = None,
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """Draws completions.
 
         Args:
-            prompts: Token ids of each prompt, special tokens included. Two equal prompts get equal
-                samples: for more answers to a prompt, ask for more samples.
-            settings: How to draw them.
-            limits: The most tokens of each prompt's completions, where they differ; none is above
-                ``settings.max_new_tokens``, which holds for all by default.
-            progress: Called now and then with the number of completions finished since the last
-                call (``tqdm.update`` fits).
+            prompts: Token ids of each prompt, special tokens included. Two equal prompts with
+                equal settings get equal samples: for more answers, ask for more samples.
+            settings: How to draw them: the same for all prompts, or one for each.
+            done: Told of every prompt that is finished, in whatever order that happens.
 
         Returns:
             For each prompt, in the order given, its ``samples_per_prompt`` completions.
@@ -125,6 +133,49 @@ class Engine(Protocol):
             PrefoptError: If a prompt is empty, or too long for the model's context.
         """
         ...
+
+
+class PushedEngine(Engine, Protocol):
+    """An engine with weights of its own, which are sent to it before it samples."""
+
+    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over the policy's weights; what was cached of older ones is forgotten.
+
+        Args:
+            weights: Every weight under its Hugging Face name, whole, tied ones too. Making them may
+                take all processes, so they are iterated over to the end whatever the engine does.
+
+        Raises:
+            PrefoptError: They cannot be taken over.
+        """
+        ...
+
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The engine's log-prob of every token but the first, given those before it.
+
+        Args:
+            sequences: Token ids, two or more each.
+
+        Returns:
+            For each sequence, one number in nats for each of its tokens from the second on, under
+            softmax(logits).
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives the device's memory back until the next push, where the engine is on it."""
+        ...
+
+
+def settings_of_each(
+    settings: SamplingSettings | Sequence[SamplingSettings], count: int
+) -> list[SamplingSettings]:
+    """The settings of each of ``count`` prompts."""
+    if isinstance(settings, SamplingSettings):
+        return [settings] * count
+    if len(settings) != count:
+        raise PrefoptError(f"sampling: found {len(settings)} settings for {count} prompts")
+    return list(settings)
 
 
 def sample_key(seed: int, prompt: Sequence[int], sample: int) -> int:
@@ -161,26 +212,28 @@ def uniforms(key: int, count: int) -> np.ndarray:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], limits: Sequence[int], context_length: int | None
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[SamplingSettings],
+    context_length: int | None,
 ) -> None:
     """Checks that every prompt can be continued.
 
     Args:
         prompts: Token ids of each prompt.
-        limits: The most tokens a completion of each may have.
+        settings: Those of each prompt.
         context_length: Tokens the model can see at once; None if it has no such limit.
 
     Raises:
-        PrefoptError: If a prompt is empty, or leaves less than its limit of the context.
+        PrefoptError: If a prompt is empty, or leaves less than ``max_new_tokens`` of the context.
     """
-    for index, (prompt, max_new_tokens) in enumerate(zip(prompts, limits, strict=True)):
+    for index, (prompt, each) in enumerate(zip(prompts, settings, strict=True)):
         if len(prompt) == 0:
             raise PrefoptError(f"prompt {index} is empty: expected at least one token id")
-        if context_length is not None and len(prompt) + max_new_tokens > context_length:
+        if context_length is not None and len(prompt) + each.max_new_tokens > context_length:
             raise PrefoptError(
-                f"prompt {index} has {len(prompt)} tokens: with max_new_tokens={max_new_tokens} it "
-                f"exceeds the model's context of {context_length}; drop the prompt or lower "
-                "max_new_tokens"
+                f"prompt {index} has {len(prompt)} tokens: with max_new_tokens="
+                f"{each.max_new_tokens} it exceeds the model's context of {context_length}; drop "
+                "the prompt or lower max_new_tokens"
             )
 
 

@@ -67,7 +67,7 @@ def generate_with_progress(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         total = len(prompts) * settings.samples_per_prompt
         task = bar.add_task("generate", total=total)
-        return engine.generate(prompts, settings, progress=lambda n: bar.advance(task, n))
+        return engine.generate(prompts, settings, done=lambda _, done: bar.advance(task, len(done)))
 
 
 def write_completions(

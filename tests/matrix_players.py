@@ -8,7 +8,6 @@ arrive at is then known exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.games.game import Array
-from prefopt.rollout.engine import Completion, SamplingSettings, make_completion
+from prefopt.rollout.engine import (
+    Completion,
+    Done,
+    SamplingSettings,
+    make_completion,
+    settings_of_each,
+)
 
 ACTIONS = tuple("abcdefghij")
 WORDS = [*ACTIONS, "play", "<eos>", "<unk>", *map(str, range(10))]
@@ -109,26 +114,31 @@ class StratifiedEngine:
     call. Where a prompt has one sample, two prompts make a pair.
     """
 
+    continuous = False
+
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings,
+        settings: SamplingSettings | Sequence[SamplingSettings],
         *,
-        limits: Sequence[int] | None = None,
-        **_: Any,
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         found: list[list[Completion]] = [[] for _ in prompts]
-        limits = limits or [settings.max_new_tokens] * len(prompts)
-        kinds = [(prompt[-1], limit) for prompt, limit in zip(prompts, limits, strict=True)]
+        each = settings_of_each(settings, len(prompts))
+        kinds = [
+            (prompt[-1], own.max_new_tokens, own.first_sample)
+            for prompt, own in zip(prompts, each, strict=True)
+        ]
         for kind in sorted(set(kinds)):
             here = [n for n, other in enumerate(kinds) if other == kind]
-            limited = replace(settings, max_new_tokens=kind[1])
-            drawn = self._draw(prompts[here[0]], len(here), limited)
+            drawn = self._draw(prompts[here[0]], len(here), each[here[0]])
             for n, group in zip(here, drawn, strict=True):
                 found[n] = group
+                if done is not None:
+                    done(n, group)
         return found
 
     def _draw(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -441,12 +442,35 @@ def test_peft_models_generate_with_their_adapter() -> None:
         assert ids(sample(model, temperature=0)) == before
 
 
-def test_progress_adds_up_to_all_completions() -> None:
-    engine = TransformersEngine(make_model(), make_tokenizer(), batch_size=4)
-    steps: list[int] = []
+def test_every_prompt_is_told_of_once_with_all_its_completions() -> None:
+    engine = TransformersEngine(make_model(), make_tokenizer(), batch_size=3)
+    told: dict[int, list[Completion]] = {}
+
+    def done(index: int, completions: list[Completion]) -> None:
+        assert index not in told
+        told[index] = list(completions)
+
     settings = SamplingSettings(max_new_tokens=2, samples_per_prompt=2)
-    engine.generate(PROMPTS, settings, progress=steps.append)
-    assert steps == [4, 4, 2]
+    found = engine.generate(PROMPTS, settings, done=done)
+    assert [told[index] for index in range(len(PROMPTS))] == found
+    assert all(len(group) == 2 for group in found)
+
+
+def test_prompts_with_settings_of_their_own_are_answered_as_alone() -> None:
+    engine = TransformersEngine(make_model(), make_tokenizer(), batch_size=4)
+    common = {"max_new_tokens": 9, "seed": 3}
+    each = [
+        SamplingSettings(temperature=0, **common),
+        SamplingSettings(temperature=0.7, samples_per_prompt=3, **common),
+        SamplingSettings(top_k=5, **common),
+        SamplingSettings(temperature=0.7, first_sample=2, **common),
+        SamplingSettings(samples_per_prompt=2, **common | {"seed": 4, "max_new_tokens": 5}),
+    ]
+    together = engine.generate(PROMPTS, each)
+    alone = [engine.generate([p], own)[0] for p, own in zip(PROMPTS, each, strict=True)]
+    assert together == alone
+    with pytest.raises(PrefoptError, match="found 4 settings for 5 prompts"):
+        engine.generate(PROMPTS, each[:4])
 
 
 def test_no_prompts_give_no_completions() -> None:
@@ -519,7 +543,7 @@ def test_limits_of_their_own_cut_what_a_common_limit_gives() -> None:
     settings = SamplingSettings(max_new_tokens=12, samples_per_prompt=2)
     limits = [1, 12, 4, 2, 7]
     whole = engine.generate(PROMPTS, settings)
-    cut = engine.generate(PROMPTS, settings, limits=limits)
+    cut = engine.generate(PROMPTS, [replace(settings, max_new_tokens=n) for n in limits])
     assert {len(c.token_ids) for group in whole for c in group} > {12}, "some end by themselves"
     for limit, all_of_it, part in zip(limits, whole, cut, strict=True):
         assert [c.token_ids for c in part] == [c.token_ids[:limit] for c in all_of_it]
@@ -532,7 +556,7 @@ def test_a_row_that_has_ended_does_not_outgrow_a_table_of_positions() -> None:
     engine = TransformersEngine(make_model("gpt2"), make_tokenizer(), stop_token_ids=[])
     prompts = [[5] * (CONTEXT - 6), [5] * (CONTEXT - 2)]
     settings = SamplingSettings(max_new_tokens=6)
-    found = engine.generate(prompts, settings, limits=[6, 2])
+    found = engine.generate(prompts, [settings, replace(settings, max_new_tokens=2)])
     assert [len(group[0].token_ids) for group in found] == [6, 2]
     with pytest.raises(PrefoptError, match=f"prompt 1 has {CONTEXT - 2} tokens"):
         engine.generate(prompts, settings)

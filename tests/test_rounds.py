@@ -230,14 +230,14 @@ class Steps(TrainerCallback):
 
 
 class Watched(TransformersEngine):
-    """Notes the weights, the settings and the prompts of each call."""
+    """Notes the weights of each call and the settings of its prompts."""
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
         super().__init__(model, TOKENIZER, **kwargs)
-        self.calls: list[tuple[dict[str, Tensor], SamplingSettings]] = []
+        self.calls: list[tuple[dict[str, Tensor], list[SamplingSettings]]] = []
 
     def generate(
-        self, prompts: Any, settings: SamplingSettings, **kwargs: Any
+        self, prompts: Any, settings: list[SamplingSettings], **kwargs: Any
     ) -> list[list[Completion]]:
         self.calls.append((weights(self.model), settings))
         return super().generate(prompts, settings, **kwargs)
@@ -362,7 +362,8 @@ def test_every_part_of_a_mix_samples_at_its_own_temperature(make: Make) -> None:
     trainer.train()
     for group in samples(trainer.rounds_dir / "0000").values():
         assert [sample.temperature for sample in group] == [1.0, 1.0, 1.0, 0.7]
-    assert [settings.first_sample for _, settings in engine.calls] == [0, 3]
+    [(_, settings)] = engine.calls
+    assert [own.first_sample for own in settings] == [0, 3] * 12
     assert reports(trainer)[0]["samples"] == 4 * 12
 
 

@@ -242,7 +242,7 @@ def test_inpo_on_its_own_random_samples(play: Play) -> None:
         generation_batch_size=2000,
         **INPO | {"num_train_epochs": 3},
     )
-    assert isinstance(trainer.collector.engine.engine, TransformersEngine)
+    assert isinstance(trainer.engine, TransformersEngine)
     assert trainer.layout == "tree"
     standard_errors = np.array(
         [[0.0041, 0.0038, 0.0052], [0.0061, 0.0045, 0.0072], [0.0073, 0.0050, 0.0083]]

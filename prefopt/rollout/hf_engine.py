@@ -9,8 +9,9 @@ So batch size, order, padding and the number of processes change a sample by flo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +31,12 @@ from prefopt.data import template
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import (
     Completion,
+    Done,
     SamplingSettings,
     check_prompts,
     make_completion,
     sample_key,
+    settings_of_each,
     uniforms,
 )
 
@@ -58,6 +61,8 @@ class TransformersEngine:
         PrefoptError: If ``batch_size`` is less than 1.
     """
 
+    continuous = False
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -78,10 +83,9 @@ class TransformersEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings,
+        settings: SamplingSettings | Sequence[SamplingSettings],
         *,
-        limits: Sequence[int] | None = None,
-        progress: Callable[[int], None] | None = None,
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """Draws completions; see ``Engine.generate``.
 
@@ -92,44 +96,42 @@ class TransformersEngine:
         context_length = getattr(
             self.model.config.get_text_config(), "max_position_embeddings", None
         )
-        if limits is None:
-            limits = [settings.max_new_tokens] * len(prompts)
-        check_prompts(prompts, limits, context_length)
+        each = settings_of_each(settings, len(prompts))
+        check_prompts(prompts, each, context_length)
         # Longest first: little padding, and what does not fit in memory fails at once.
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        samples = range(settings.first_sample, settings.first_sample + settings.samples_per_prompt)
-        rows = [(index, sample) for index in order for sample in samples]
+        order = sorted(range(len(prompts)), key=lambda i: (_kind(each[i]), -len(prompts[i])))
+        rows = [
+            _Row(index, prompts[index], sample, each[index])
+            for index in order
+            for sample in range(
+                each[index].first_sample,
+                each[index].first_sample + each[index].samples_per_prompt,
+            )
+        ]
         completions: list[list[Completion]] = [[] for _ in prompts]
         with _ready_to_generate(self.model):
-            for batch in self._batches(rows, prompts, limits, context_length):
-                keys = [sample_key(settings.seed, prompts[i], sample) for i, sample in batch]
-                ends = [limits[i] for i, _ in batch]
-                generated = self._continue([prompts[i] for i, _ in batch], keys, settings, ends)
-                for (index, _), (token_ids, log_probs) in zip(batch, generated, strict=True):
-                    token_ids = token_ids[: limits[index]]
-                    completions[index].append(
-                        make_completion(token_ids, self.stop_token_ids, self.tokenizer, log_probs)
+            for batch in self._batches(rows, context_length):
+                for row, (token_ids, log_probs) in zip(batch, self._continue(batch), strict=True):
+                    ids = token_ids[: row.settings.max_new_tokens]
+                    found = completions[row.index]
+                    found.append(
+                        make_completion(ids, self.stop_token_ids, self.tokenizer, log_probs)
                     )
-                if progress is not None:
-                    progress(len(batch))
+                    if done is not None and len(found) == row.settings.samples_per_prompt:
+                        done(row.index, found)
         return completions
 
-    def _batches(
-        self,
-        rows: list[tuple[int, int]],
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        context_length: int | None,
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Rows of (prompt, sample), in order; a row that has ended is still carried on with the
-        others of its batch, and must not outgrow a table of positions in the meantime.
+    def _batches(self, rows: Sequence[_Row], context_length: int | None) -> Iterator[list[_Row]]:
+        """Rows in order; a row that has ended is still carried on with the others of its batch, and
+        must not outgrow a table of positions in the meantime.
         """
-        batch: list[tuple[int, int]] = []
+        batch: list[_Row] = []
         longest = most = 0
         for row in rows:
-            length, limit = len(prompts[row[0]]), limits[row[0]]
+            length, limit = len(row.prompt), row.settings.max_new_tokens
             outgrown = max(longest, length) + max(most, limit) > (context_length or math.inf)
-            if batch and (len(batch) == self.batch_size or outgrown):
+            other = batch and _kind(batch[0].settings) != _kind(row.settings)
+            if batch and (len(batch) == self.batch_size or outgrown or other):
                 yield batch
                 batch, longest, most = [], 0, 0
             batch.append(row)
@@ -137,14 +139,9 @@ class TransformersEngine:
         if batch:
             yield batch
 
-    def _continue(
-        self,
-        prompts: list[Sequence[int]],
-        keys: list[int],
-        settings: SamplingSettings,
-        limits: list[int],
-    ) -> list[tuple[list[int], list[float]]]:
+    def _continue(self, batch: Sequence[_Row]) -> list[tuple[list[int], list[float]]]:
         """The tokens after each prompt and their log-probs; behind an end, anything."""
+        prompts, limits = [r.prompt for r in batch], [r.settings.max_new_tokens for r in batch]
         width = max(len(prompt) for prompt in prompts)
         input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -152,7 +149,7 @@ class TransformersEngine:
             input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
             attention_mask[row, width - len(prompt) :] = 1
         device = self.model.device
-        draw = _Draw(settings, keys, width, device)
+        draw = _Draw(batch, width, device)
         output = self.model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
@@ -170,6 +167,21 @@ class TransformersEngine:
         return list(zip(output[:, width:].tolist(), log_probs, strict=True))
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One completion to draw, for the prompt of a number."""
+
+    index: int
+    prompt: Sequence[int]
+    sample: int
+    settings: SamplingSettings
+
+
+def _kind(settings: SamplingSettings) -> tuple[float, float, int]:
+    """What the rows of a batch must have in common."""
+    return settings.temperature, settings.top_p, settings.top_k
+
+
 class _Draw(LogitsProcessor):
     """Draws each row's next token and leaves it the only finite score, for ``generate`` to take.
 
@@ -177,16 +189,17 @@ class _Draw(LogitsProcessor):
         log_probs: Per step, what ``Completion.log_prob`` sums up, float32 [rows].
     """
 
-    def __init__(
-        self, settings: SamplingSettings, keys: list[int], width: int, device: torch.device
-    ) -> None:
+    def __init__(self, batch: Sequence[_Row], width: int, device: torch.device) -> None:
+        settings = batch[0].settings
         self.width = width
         self.log_probs: list[Tensor] = []
         self.greedy = settings.temperature == 0
         if self.greedy:
             return
         self.temperature = settings.temperature
-        noise = np.stack([uniforms(key, settings.max_new_tokens) for key in keys])
+        longest = max(row.settings.max_new_tokens for row in batch)
+        keys = (sample_key(row.settings.seed, row.prompt, row.sample) for row in batch)
+        noise = np.stack([uniforms(key, longest) for key in keys])
         self.noise = torch.from_numpy(noise).to(device)
         self.warpers = LogitsProcessorList()
         if settings.top_k > 0:

@@ -6,13 +6,10 @@ Neither shards nor samples depend on the number of processes.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import partial
-from hashlib import blake2b
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,11 +17,10 @@ from typing import Any
 from accelerate import PartialState
 
 from prefopt.data.rows import Prompt
-from prefopt.data.tokenize import TokenizedPrompts, occurrences
-from prefopt.rollout.engine import Engine, SamplingSettings
+from prefopt.data.tokenize import TokenizedPrompts
 from prefopt.rounds.judging import Judgement
 from prefopt.rounds.plan import PlannedRound
-from prefopt.rounds.resets import Resets
+from prefopt.rounds.sampling import Sampler, sample_shards
 from prefopt.rounds.store import (
     Sample,
     judgements_path,
@@ -46,28 +42,24 @@ class Collector:
     """What every round is collected with.
 
     Attributes:
-        prompts: The rows whose prompts are sampled for.
-        engine: Samples from the policy as it is at that moment.
+        sampler: Who samples, and how.
         ask: What the judge is asked about the samples; None: there is nothing to judge.
-        sampling: The settings of each part of a prompt's samples; their ``samples_per_prompt`` add
-            up, ``seed`` and ``first_sample`` are set here.
         prompts_per_shard: Prompts in a file.
         seed: Of the run; every round, every redraw and every recurrence of a prompt in a round has
             noise of its own.
-        opponent: Draws as many samples again, which come after the policy's.
-        resets: Begins samples with a part of an offline answer.
         judged_too: The texts of a row's offline answers that are judged behind its samples.
     """
 
-    prompts: TokenizedPrompts
-    engine: Engine
+    sampler: Sampler
     ask: Ask | None
-    sampling: Sequence[SamplingSettings]
     prompts_per_shard: int
     seed: int
-    opponent: Engine | None = None
-    resets: Resets | None = None
     judged_too: Callable[[int], list[str]] | None = None
+
+    @property
+    def prompts(self) -> TokenizedPrompts:
+        """The rows whose prompts are sampled for."""
+        return self.sampler.prompts
 
 
 @dataclass(frozen=True)
@@ -102,13 +94,13 @@ def collect_samples(
     seconds = {"time/generate": 0.0} | ({"time/judge": 0.0} if collector.ask else {})
     if samples_are_collected(folder):
         return seconds
-    positions = range(len(planned.prompts))
-    draw(collector, folder, index, 0, planned, positions, progress, seconds)
+    drawing = first_drawing(collector, folder, index, planned)
+    draw(collector, drawing, progress, seconds)
     state = PartialState()
     if state.is_main_process:
-        collected = read_samples(collector, folder, planned)
+        collected = read_drawing(collector, drawing)
         report = {"round": index, **sampling_report(collected)}
-        if collector.resets is not None:
+        if collector.sampler.resets is not None:
             report |= reset_report(collected)
         write_lines(folder / "round.json", [report])
     state.wait_for_everyone()
@@ -120,81 +112,122 @@ def samples_are_collected(folder: Path) -> bool:
     return (folder / "round.json").exists()
 
 
-def read_samples(collector: Collector, folder: Path, planned: PlannedRound) -> CollectedSamples:
-    """What is on disk of a round's first draw.
+@dataclass(frozen=True)
+class Drawing:
+    """One drawing of samples for some positions of a round.
 
-    Args:
-        collector: What the round was collected with.
-        folder: The round's folder.
-        planned: Its prompts.
-
-    Raises:
-        PrefoptError: A file is missing or cannot be read.
+    Attributes:
+        folder: The round's.
+        index: Number of the round.
+        number: How often its prompts were drawn for before.
+        planned: The round's prompts.
+        shards: The positions in each file.
     """
-    shards = math.ceil(len(planned.prompts) / collector.prompts_per_shard)
-    samples: dict[int, list[Sample]] = {}
-    judgements: dict[int, Judgement] = {}
-    for shard in range(shards):
-        samples |= read_rollouts(rollouts_path(folder, 0, shard))
-        if collector.ask is not None:
-            judgements |= read_judgements(judgements_path(folder, 0, shard))
-    return CollectedSamples(samples, judgements)
+
+    folder: Path
+    index: int
+    number: int
+    planned: PlannedRound
+    shards: Sequence[Sequence[int]]
 
 
-def draw(
+def drawing_of(
     collector: Collector,
     folder: Path,
     index: int,
     number: int,
     planned: PlannedRound,
     positions: Sequence[int],
-    progress: Progress,
-    seconds: dict[str, float],
-) -> int:
-    """Samples and judges some positions of a round; returns the number of shards they make."""
-    state = PartialState()
+) -> Drawing:
+    """The drawing for some positions, in shards of ``prompts_per_shard``."""
     size = collector.prompts_per_shard
     shards = [positions[start : start + size] for start in range(0, len(positions), size)]
-    # equal prompts of a round differ in this: an engine gives them equal samples
-    again = occurrences(collector.prompts.prompt_ids[row] for row in planned.prompts)
+    return Drawing(folder, index, number, planned, shards)
 
-    def sample(shard: int) -> None:
-        seed = f"{collector.seed}/{index}/{number}"
-        samples = _sample(collector, seed, planned, shards[shard], again)
-        write_rollouts(rollouts_path(folder, number, shard), samples)
 
-    def judge(shard: int, ask: Ask) -> None:
-        samples = read_rollouts(rollouts_path(folder, number, shard))
-        rows = [planned.prompts[p] for p in shards[shard]]
-        judged_too = collector.judged_too or (lambda row: [])
-        judged = ask(
-            [collector.prompts.prompt[row] for row in rows],
-            [
-                texts_of(samples[p]) + judged_too(row)
-                for p, row in zip(shards[shard], rows, strict=True)
-            ],
-            [prompt_key(collector, index, planned, position) for position in shards[shard]],
-        )
-        path = judgements_path(folder, number, shard)
-        write_judgements(path, dict(zip(shards[shard], judged, strict=True)))
+def first_drawing(collector: Collector, folder: Path, index: int, planned: PlannedRound) -> Drawing:
+    """The drawing for all prompts of a round."""
+    return drawing_of(collector, folder, index, 0, planned, range(len(planned.prompts)))
 
-    stages: list[tuple[str, Callable[..., Path], Callable[[int], None]]]
+
+def draw(
+    collector: Collector, drawing: Drawing, progress: Progress, seconds: dict[str, float]
+) -> None:
+    """Samples and judges what is not on disk yet; all processes call this."""
     stages = [("generate", rollouts_path, sample)]
     if collector.ask is not None:
-        stages.append(("judge", judgements_path, partial(judge, ask=collector.ask)))
+        stages.append(("judge", judgements_path, judge))
     for name, path, work in stages:
         begun = time.perf_counter()
-        # all processes look before any writes, so that they deal the same shards
-        missing = [s for s in range(len(shards)) if not path(folder, number, s).exists()]
-        state.wait_for_everyone()
-        own = missing[state.process_index :: state.num_processes]
-        with progress(name, sum(len(shards[shard]) for shard in own)) as advance:
-            for shard in own:
-                work(shard)
-                advance(len(shards[shard]))
-        state.wait_for_everyone()
+        missing, own = undone(drawing, path)
+        if missing:
+            with progress(name, sum(len(drawing.shards[shard]) for shard in own)) as advance:
+                work(collector, drawing, own, advance)
+            PartialState().wait_for_everyone()
         seconds[f"time/{name}"] += time.perf_counter() - begun
-    return len(shards)
+
+
+def undone(drawing: Drawing, path: Callable[[Path, int, int], Path]) -> tuple[list[int], list[int]]:
+    """The shards whose file is not there, and which of them this process is to do."""
+    state = PartialState()
+    missing = [
+        shard
+        for shard in range(len(drawing.shards))
+        if not path(drawing.folder, drawing.number, shard).exists()
+    ]
+    state.wait_for_everyone()  # all look before any writes, so that they deal the same shards
+    return missing, missing[state.process_index :: state.num_processes]
+
+
+def sample(
+    collector: Collector, drawing: Drawing, own: Sequence[int], advance: Callable[[int], None]
+) -> None:
+    """Draws the samples of some shards."""
+
+    def keep(shard: int, samples: dict[int, list[Sample]]) -> None:
+        write_rollouts(rollouts_path(drawing.folder, drawing.number, shard), samples)
+        advance(len(samples))
+
+    seed = f"{collector.seed}/{drawing.index}/{drawing.number}"
+    shards = {shard: drawing.shards[shard] for shard in own}
+    sample_shards(collector.sampler, seed, drawing.planned, shards, keep)
+
+
+def judge(
+    collector: Collector, drawing: Drawing, own: Sequence[int], advance: Callable[[int], None]
+) -> None:
+    """Has the samples of some shards judged."""
+    assert collector.ask is not None
+    judged_too = collector.judged_too or (lambda row: [])
+    planned = drawing.planned
+    for shard in own:
+        positions = drawing.shards[shard]
+        samples = read_rollouts(rollouts_path(drawing.folder, drawing.number, shard))
+        rows = [planned.prompts[position] for position in positions]
+        judged = collector.ask(
+            [collector.prompts.prompt[row] for row in rows],
+            [texts_of(samples[p]) + judged_too(r) for p, r in zip(positions, rows, strict=True)],
+            [prompt_key(collector, drawing.index, planned, position) for position in positions],
+        )
+        path = judgements_path(drawing.folder, drawing.number, shard)
+        write_judgements(path, dict(zip(positions, judged, strict=True)))
+        advance(len(rows))
+
+
+def read_drawing(collector: Collector, drawing: Drawing) -> CollectedSamples:
+    """What is on disk of a drawing.
+
+    Raises:
+        PrefoptError: A file is missing or cannot be read.
+    """
+    samples: dict[int, list[Sample]] = {}
+    judgements: dict[int, Judgement] = {}
+    for shard in range(len(drawing.shards)):
+        samples |= read_rollouts(rollouts_path(drawing.folder, drawing.number, shard))
+        if collector.ask is not None:
+            path = judgements_path(drawing.folder, drawing.number, shard)
+            judgements |= read_judgements(path)
+    return CollectedSamples(samples, judgements)
 
 
 def prompt_key(collector: Collector, index: int, planned: PlannedRound, position: int) -> str:
@@ -228,42 +261,3 @@ def reset_report(collected: CollectedSamples) -> dict[str, float]:
     """How many samples were reset, and how many tokens of a sample were forced."""
     forced = [sample.forced for group in collected.samples.values() for sample in group]
     return {"rollout/reset": fmean(n > 0 for n in forced), "rollout/forced": fmean(forced)}
-
-
-def _sample(
-    collector: Collector,
-    seed: str,
-    planned: PlannedRound,
-    positions: Sequence[int],
-    again: Sequence[int],
-) -> dict[int, list[Sample]]:
-    """Draws all samples of some positions, the parts of the mix one after another."""
-    samples: dict[int, list[Sample]] = {position: [] for position in positions}
-    players = [(collector.engine, part) for part in collector.sampling]
-    if collector.opponent is not None:
-        players += [(collector.opponent, part) for part in collector.sampling]
-    for which in sorted({again[position] for position in positions}):
-        chosen = [p for p in positions if again[p] == which]
-        rows = [planned.prompts[p] for p in chosen]
-        first = 0
-        for engine, part in players:
-            settings = replace(part, seed=_seed(f"{seed}/{which}"), first_sample=first)
-            first += part.samples_per_prompt
-            drawn = _draw_rows(collector, engine, rows, settings)
-            for position, group in zip(chosen, drawn, strict=True):
-                samples[position] += group
-    return samples
-
-
-def _draw_rows(
-    collector: Collector, engine: Engine, rows: Sequence[int], settings: SamplingSettings
-) -> list[list[Sample]]:
-    prompts = [collector.prompts.prompt_ids[row] for row in rows]
-    if collector.resets is not None:
-        return collector.resets.draw(engine, rows, prompts, settings)
-    answers = engine.generate(prompts, settings)
-    return [[Sample(answer, settings.temperature) for answer in group] for group in answers]
-
-
-def _seed(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")

@@ -15,7 +15,9 @@ from prefopt.rounds.collect import (
     Collector,
     Progress,
     draw,
+    drawing_of,
     prompt_key,
+    read_drawing,
     sampling_report,
     texts_of,
 )
@@ -24,8 +26,6 @@ from prefopt.rounds.pairing import PairingSettings, PromptPairs, count_pairs, ma
 from prefopt.rounds.plan import PlannedRound
 from prefopt.rounds.store import (
     Sample,
-    judgements_path,
-    read_judgements,
     read_lines,
     read_rollouts,
     rollouts_path,
@@ -80,10 +80,11 @@ def collect_pairs(
     redrawn = 0
     for number in range(1 + (redraws if pairing.ties == "resample" else 0)):
         redrawn += len(positions) if number else 0
-        shards = draw(collector, folder, index, number, planned, positions, progress, seconds)
-        for shard in range(shards):
-            rollouts |= read_rollouts(rollouts_path(folder, number, shard))
-            judgements |= read_judgements(judgements_path(folder, number, shard))
+        drawing = drawing_of(collector, folder, index, number, planned, positions)
+        draw(collector, drawing, progress, seconds)
+        drawn = read_drawing(collector, drawing)
+        rollouts |= drawn.samples
+        judgements |= drawn.judgements
         for position in positions:
             key = prompt_key(collector, index, planned, position)
             texts = texts_of(rollouts[position])
@@ -135,7 +136,7 @@ def sampled_trees(
     """
     plain = [
         (part.temperature, part.top_p, part.top_k) == (1, 1, 0)
-        for part in collector.sampling
+        for part in collector.sampler.parts
         for _ in range(part.samples_per_prompt)
     ]
     if True not in plain:

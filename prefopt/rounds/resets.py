@@ -13,8 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from prefopt.data.template import find_stop
-from prefopt.rollout.engine import Completion, Engine, SamplingSettings, make_completion
-from prefopt.rounds.store import Sample
+from prefopt.rollout.engine import Completion, SamplingSettings, make_completion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,33 +37,27 @@ class Resets:
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: Sequence[int]
 
-    def draw(
-        self,
-        engine: Engine,
-        rows: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings,
-    ) -> list[list[Sample]]:
-        """Draws the samples of some rows; each is a whole answer, its forced tokens in front.
+    def begin(
+        self, row: int, settings: SamplingSettings
+    ) -> list[tuple[list[int], SamplingSettings]]:
+        """What each sample of a row is forced to begin with, and how it is to go on.
 
         Args:
-            engine: Continues prompts.
-            rows: Rows of ``answers``.
-            prompts: Token ids of their prompts.
+            row: Row of ``answers``.
             settings: ``max_new_tokens`` limits the whole answer.
+
+        Returns:
+            For each sample its forced tokens and the settings of its own, under which the prompt
+            with the forced tokens is continued.
         """
-        samples: list[list[Sample]] = [[] for _ in rows]
+        samples = []
         for number in range(settings.samples_per_prompt):
             one = replace(
                 settings, samples_per_prompt=1, first_sample=settings.first_sample + number
             )
-            forced = [self.answers[row][: self._length(row, one)] for row in rows]
-            begun = [[*prompt, *part] for prompt, part in zip(prompts, forced, strict=True)]
-            limits = [settings.max_new_tokens - len(part) for part in forced]
-            answers = engine.generate(begun, one, limits=limits)
-            for group, part, [answer] in zip(samples, forced, answers, strict=True):
-                whole = self._whole(part, answer)
-                group.append(Sample(whole, settings.temperature, len(part)))
+            forced = list(self.answers[row][: self._length(row, one)])
+            limit = settings.max_new_tokens - len(forced)
+            samples.append((forced, replace(one, max_new_tokens=limit)))
         return samples
 
     def _length(self, row: int, settings: SamplingSettings) -> int:
@@ -77,8 +70,8 @@ class Resets:
             limit=settings.max_new_tokens,
         )
 
-    def _whole(self, forced: list[int], answer: Completion) -> Completion:
-        """The answer with its forced part, whose log-prob is not the sampler's."""
+    def whole(self, forced: Sequence[int], answer: Completion) -> Completion:
+        """An answer with its forced part in front, whose log-prob is not the sampler's."""
         if not forced:
             return answer
         whole = [*forced, *answer.token_ids]

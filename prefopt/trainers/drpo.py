@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from prefopt.data.tokenize import PromptedAnswers, PromptedPairs
 from prefopt.errors import PrefoptError
-from prefopt.rollout.engine import Engine
-from prefopt.rounds.collect import Collector
 from prefopt.rounds.resets import Resets
+from prefopt.rounds.sampling import Sampler
 from prefopt.trainers.ppo import PPOConfig, PPOTrainer
 from prefopt.trainers.round_rows import Rows
 
@@ -58,11 +57,11 @@ class DRPOTrainer(PPOTrainer):
     config = DRPOConfig
     prompts: PromptedPairs | PromptedAnswers
 
-    def make_collector(self, engine: Engine) -> Collector:
+    def make_sampler(self) -> Sampler:
         """With resets, unless none would ever take place."""
-        collector = super().make_collector(engine)
+        sampler = super().make_sampler()
         if not self.args.reset_probability:
-            return collector
+            return sampler
         resets = Resets(
             self.prompts.chosen_ids
             if isinstance(self.prompts, PromptedPairs)
@@ -71,4 +70,4 @@ class DRPOTrainer(PPOTrainer):
             self.processing_class,
             self.stop_token_ids,
         )
-        return replace(collector, resets=resets)
+        return replace(sampler, resets=resets)

@@ -20,11 +20,12 @@ from prefopt.data.tree import PromptTree, TreeBatch
 from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import token_log_probs_of
 from prefopt.objectives import nash_mp_loss
-from prefopt.rollout.engine import Completion, Engine
-from prefopt.rounds.collect import Ask, CollectedSamples, Collector
+from prefopt.rounds.collect import Ask, CollectedSamples
 from prefopt.rounds.judging import compare_all, win_rates
 from prefopt.rounds.plan import PlannedRound
+from prefopt.rounds.sampling import Sampler
 from prefopt.rounds.weights import follow, put_weights, trainable_weights
+from prefopt.trainers.players import player
 from prefopt.trainers.sample_rounds import (
     SampleRoundConfig,
     SampleRoundTrainer,
@@ -151,11 +152,13 @@ class NashMPTrainer(SampleRoundTrainer):
             judge, prompts, samples, keys, opponents=opponents
         )
 
-    def make_collector(self, engine: Engine) -> Collector:
+    def make_sampler(self) -> Sampler:
         """With two phases, an opponent samples as well."""
-        collector = super().make_collector(engine)
-        opponent = _Opponent(self, engine) if self.two_phases else None
-        return replace(collector, opponent=opponent)
+        sampler = super().make_sampler()
+        if not self.two_phases:
+            return sampler
+        opponent = player(self, self.engine, lambda: self.weights_of(self.opponent))
+        return replace(sampler, players=[*sampler.players, opponent])
 
     def before_sampling(self, index: int) -> None:
         """Mirror prox: keeps the policy as a phase begins, and has both begin from one point."""
@@ -216,14 +219,3 @@ class NashMPTrainer(SampleRoundTrainer):
         if self.two_phases:
             metrics["judge/win_rate"] = inputs["win_rates"]
         return losses, metrics
-
-
-class _Opponent:
-    """Samples from the weights that are the opponent at that moment."""
-
-    def __init__(self, trainer: NashMPTrainer, engine: Engine) -> None:
-        self.trainer, self.engine = trainer, engine
-
-    def generate(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
-        with self.trainer.weights_of(self.trainer.opponent):
-            return self.engine.generate(*args, **kwargs)

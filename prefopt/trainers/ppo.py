@@ -23,7 +23,7 @@ from prefopt.errors import PrefoptError
 from prefopt.models.critic import token_values
 from prefopt.models.logprobs import token_log_probs_of
 from prefopt.objectives import clipped_value_loss, ppo_policy_loss
-from prefopt.rollout.engine import Engine, make_completion
+from prefopt.rollout.engine import make_completion
 from prefopt.rounds.collect import Ask, CollectedSamples, Collector
 from prefopt.rounds.judging import Judgement, score_samples
 from prefopt.rounds.plan import PlannedRound
@@ -138,9 +138,9 @@ class PPOTrainer(CriticTrainer):
             Judgement(scores, []) for scores in score_samples(judge, prompts, samples, keys)
         ]
 
-    def make_collector(self, engine: Engine) -> Collector:
+    def make_collector(self) -> Collector:
         """Where the critic reads offline answers, the judge scores them too."""
-        collector = super().make_collector(engine)
+        collector = super().make_collector()
         if not self.args.offline_value_weight:
             return collector
         return replace(collector, judged_too=self._offline_texts)

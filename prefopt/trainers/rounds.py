@@ -421,6 +421,7 @@ class RoundTrainer(TreeTrainer):
             "judge's weights": shared_fingerprint(model) if isinstance(model, nn.Module) else None,
             "prompts": self.prompts.fingerprint,
             "sampling": [asdict(part) for part in self.sampling],
+            "engine": type(self.engine).__name__,
             "plan": [len(planned.prompts) for planned in self.plan],
             "global_batch": self.args.global_batch,
             "precision": str(self.compute_dtype),

@@ -56,7 +56,13 @@ class TransformersEngine:
 
     Raises:
         PrefoptError: If ``batch_size`` is less than 1.
+
+    Attributes:
+        samples_from_model: That sharded weights must be whole in every process while it samples,
+            see :func:`prefopt.models.gathered.whole_weights`.
     """
+
+    samples_from_model = True
 
     def __init__(
         self,
@@ -165,6 +171,7 @@ class TransformersEngine:
             ),
             logits_processor=LogitsProcessorList([draw]),
             stopping_criteria=StoppingCriteriaList([_AtLimit(width, limits, device)]),
+            synced_gpus=False,  # ZeRO-3's default waits for processes, which sample different rows
         )
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
         return list(zip(output[:, width:].tolist(), log_probs, strict=True))

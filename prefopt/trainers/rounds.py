@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from prefopt.data.tokenize import TokenizedPrompts
 from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
+from prefopt.models.gathered import whole_weights
 from prefopt.rollout.engine import Completion, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.collect import Ask, Collector
@@ -42,6 +43,7 @@ from prefopt.trainers.base import TreeDataset, TreeTrainer
 from prefopt.trainers.reference import progress_bar, shared_fingerprint
 from prefopt.trainers.round_config import RoundConfig, adapter_facts, schedule, settings_of
 from prefopt.trainers.round_rows import rows_of
+from prefopt.trainers.sharding import check_rounds
 
 logger = logging.getLogger(__name__)
 
@@ -133,22 +135,25 @@ class RoundTrainer(TreeTrainer):
         args.max_steps = min(planned, args.max_steps) if args.max_steps > 0 else planned
         self.fingerprint = shared_fingerprint(model)  # before an adapter or a checkpoint
         super().__init__(model, args, self.prompts, processing_class=processing_class, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            found = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-            raise PrefoptError(
-                f"{type(self).__name__}: found {found}, but rounds need whole weights, and an "
-                "optimiser they can begin afresh, in every process; use DDP, with a LoRA adapter "
-                "where memory is short"
-            )
+        self.check_sharding()
         self.rounds_dir = Path(args.rounds_dir or Path(args.output_dir) / "rounds")
         engine = engine or TransformersEngine(
             self.model, processing_class, batch_size=args.generation_batch_size
         )
+        self.samples_from_model = getattr(engine, "samples_from_model", False)
         self.collector = self.make_collector(_InPrecisionOf(self, engine))
         self.current: OpenRound | None = None
         self.begun = False
         self.facts = self._facts(kwargs.get("peft_config"))
         self.add_callback(_AfterSteps(self))
+
+    def check_sharding(self) -> None:
+        """Checks that rounds can work with the way the weights are sharded, if they are.
+
+        Raises:
+            PrefoptError: They cannot.
+        """
+        check_rounds(self, self.judge)
 
     # --- what an algorithm says ------------------------------------------------------------------
 
@@ -239,13 +244,14 @@ class RoundTrainer(TreeTrainer):
         if main:
             remove_partial(self.rounds_dir)
         kept = path.exists() and self.initial_weights.exists()
-        if main and self.uses_initial_weights and not kept:
+        self.accelerator.wait_for_everyone()  # no process may write before all have looked
+        if self.uses_initial_weights and not kept:
             if resumed:
                 raise PrefoptError(
                     f"{self.initial_weights}: the weights this run began with are gone; restore "
                     "them, or delete the run folder to begin again"
                 )
-            save_weights(trainable_weights(self.policy), self.initial_weights)
+            save_weights(self.policy, trainable_weights(self.policy), self.initial_weights)
         if main and not path.exists():
             atomic_write(path, json.dumps(self.facts, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
@@ -308,7 +314,8 @@ class RoundTrainer(TreeTrainer):
             )
         if begins:
             self.before_sampling(index)
-        seconds = self.collect(index, folder)
+        with self._weights_to_sample_from(folder):
+            seconds = self.collect(index, folder)
         (report,) = read_lines(folder / "round.json")
         self.reports_of.append(report)
         rows = self.rows_of_round(index)
@@ -331,6 +338,17 @@ class RoundTrainer(TreeTrainer):
         if begins:
             self.announce(opened, report | seconds | facts)
         return opened
+
+    def _weights_to_sample_from(self, folder: Path) -> AbstractContextManager[None]:
+        """Gathers sharded weights once for all processes, which sample different numbers of times.
+
+        Not where nothing is missing on disk, nor for an engine with weights of its own.
+        """
+        sampled = self.is_collected(folder)
+        self.accelerator.wait_for_everyone()  # no process may write before all have looked
+        if sampled or not self.samples_from_model:
+            return nullcontext()
+        return whole_weights(self.model_wrapped)
 
     def choose_layout_once(self, trees: Sequence[PromptTree]) -> None:
         """Decides on the layout by the first rows there are."""

@@ -29,7 +29,7 @@ from prefopt.engines import make_engine
 from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
-from prefopt.models.load import load_policy, load_reward_model, load_tokenizer
+from prefopt.models.load import load_policy, load_reward_model, load_tokenizer, loaded_whole
 from prefopt.recipe import Recipe, SamplingPart, load_recipe
 from prefopt.reward_models import JUDGES, load_judge
 from prefopt.reward_models.preference_trainer import (
@@ -410,7 +410,9 @@ def make_trainer(
     if isinstance(args, RoundConfig):
         more = {"sampling": sampling_of(recipe)}
         if args.asks and recipe.judge is not None:
-            more["judge"] = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
+            with loaded_whole():
+                judge = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
+            more["judge"] = judge
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
     model = _load_model(recipe, tokenizer)
@@ -442,9 +444,6 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
     folder = Path(recipe.run_dir)
     partial, final = folder / ".final.partial", folder / "final"
     main = trainer.accelerator.is_main_process
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None:  # otherwise save_model writes nothing that others can load
-        plugin.set_state_dict_type("FULL_STATE_DICT")
     if recipe.model.lora is None:
         trainer.save_model(str(partial))
     else:
@@ -452,7 +451,8 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
         if main:  # from disk, because in memory the model may be sharded
             from peft import PeftModel
 
-            base = _load_model(recipe, trainer.processing_class)
+            with loaded_whole():
+                base = _load_model(recipe, trainer.processing_class)
             merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed
 
 from prefopt.errors import PrefoptError
+
+RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # as transformers reads it
 
 T = TypeVar("T")
 
@@ -134,6 +139,26 @@ def load_reward_model(
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """What is loaded inside the block is whole in the process that loads it.
+
+    Elsewhere ZeRO-3 parts a model as it is loaded, and FSDP with ``cpu_ram_efficient_loading``
+    loads it in the main process alone and gives the others zeros: right for the model that is
+    trained, wrong for any other.
+    """
+    zero, fsdp = deepspeed._hf_deepspeed_config_weak_ref, os.environ.get(RAM_EFFICIENT)
+    deepspeed.unset_hf_deepspeed_config()
+    os.environ[RAM_EFFICIENT] = "false"
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+        os.environ.pop(RAM_EFFICIENT)
+        if fsdp is not None:
+            os.environ[RAM_EFFICIENT] = fsdp
 
 
 def _dtype(name: str) -> Any:

@@ -162,6 +162,7 @@ class TransformersEngine:
             ),
             logits_processor=LogitsProcessorList([draw]),
             stopping_criteria=StoppingCriteriaList([_AtLimit(width, limits, device)]),
+            synced_gpus=False,  # ZeRO-3's default waits for processes, which sample different rows
         )
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
         return list(zip(output[:, width:].tolist(), log_probs, strict=True))

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.errors import PrefoptError
+from prefopt.models.gathered import whole_tensor
 from prefopt.rounds.storage import atomic_write
 
 
@@ -132,16 +133,20 @@ def fill_shards(
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A 128-bit hash over the config and the names, types, shapes and bytes of all weights."""
+    """A 128-bit hash over the config and the names, types, shapes and bytes of all weights.
+
+    Where weights are sharded, all processes call this.
+    """
     digest = xxhash.xxh3_128()
     if isinstance(config_of := getattr(model, "config", None), PreTrainedConfig):
         config = config_of.to_dict()
         for name in ("_name_or_path", "transformers_version", "architectures"):
             config.pop(name, None)
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
+    for name, weight in model.state_dict(keep_vars=True).items():
+        tensor = whole_tensor(weight)
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
+        flat = tensor.cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return digest.hexdigest()
 

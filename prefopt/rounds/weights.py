@@ -1,4 +1,9 @@
-"""A model's trained weights, kept to be put back or lent: one model in memory plays many."""
+"""A model's trained weights, kept to be put back or lent: one model in memory plays many.
+
+Every process keeps of a weight what it holds of it: all of it, its shard under FSDP2 (a DTensor),
+its flat partition under ZeRO-3. All processes call these functions together. Files hold whole
+weights, so that they mean the same however many processes wrote or read them.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
+from torch.nn.functional import pad
 
 from prefopt.errors import PrefoptError
+from prefopt.models.gathered import is_partitioned, whole_tensor
 from prefopt.rounds.storage import atomic_directory
 
 FILE = "trainable.safetensors"
@@ -21,57 +32,64 @@ Weights = dict[str, Tensor]  # by the name of the parameter
 
 
 def trainable_weights(model: nn.Module) -> Weights:
-    """A copy of the weights that training changes, where they are.
-
-    Raises:
-        PrefoptError: The weights are sharded over processes.
-    """
-    return {name: p.detach().clone() for name, p in _trainable(model)}
+    """A copy of the weights that training changes, where they are."""
+    return {name: _held(parameter).clone() for name, parameter in _trainable(model)}
 
 
+@torch.no_grad()
 def put_weights(model: nn.Module, weights: Weights) -> None:
-    """Copies kept weights into the model.
-
-    Raises:
-        PrefoptError: The weights are sharded over processes.
-    """
-    with torch.no_grad():
-        for name, parameter in _trainable(model):
-            parameter.copy_(weights[name])
+    """Copies kept weights into the model, and into what its optimiser steps from."""
+    for name, parameter in _trainable(model):
+        _set_held(parameter, weights[name])
+        _set_master(parameter, weights[name])
 
 
+@torch.no_grad()
 def follow(weights: Weights, model: nn.Module, rate: float) -> None:
     """Moves kept weights a share of the way to the model's, in place: an exponential average.
 
     In half precision small moves would be lost: what is kept becomes float32.
     """
     for name, parameter in _trainable(model):
-        weights[name] = weights[name].float().lerp_(parameter.detach().float(), rate)
+        weights[name] = weights[name].float().lerp_(_held(parameter).float(), rate)
 
 
 @contextmanager
 def exchanged(model: nn.Module, weights: Weights) -> Iterator[None]:
     """The model with other weights inside the block, and with its own again after it.
 
-    Nothing is copied where types agree. No graph may be open across the block's ends.
-
-    Raises:
-        PrefoptError: The weights are sharded over processes.
+    Whole weights are not copied where types agree; of shards a copy is made, since FSDP2 and ZeRO-3
+    compute with storage of their own. No graph may be open across the block's ends.
     """
-    own = [(parameter, parameter.data, weights[name]) for name, parameter in _trainable(model)]
+    own: list[tuple[Parameter, Tensor]] = []
     try:
-        for parameter, data, lent in own:
-            parameter.data = lent.to(data.dtype)
+        for name, parameter in _trainable(model):
+            if _is_sharded(parameter):
+                own.append((parameter, _held(parameter).clone()))
+                _set_held(parameter, weights[name])
+            else:
+                own.append((parameter, parameter.data))
+                parameter.data = weights[name].to(parameter.dtype)
         yield
     finally:
-        for parameter, data, _ in own:
-            parameter.data = data
+        _reshard(model)
+        for parameter, data in own:
+            if _is_sharded(parameter):
+                _set_held(parameter, data)
+            else:
+                parameter.data = data
 
 
-def save_weights(weights: Weights, folder: Path) -> None:
-    """Writes weights; the folder appears complete or not at all."""
-    with atomic_directory(folder) as partial:
-        save_file({name: w.cpu().contiguous() for name, w in weights.items()}, partial / FILE)
+def save_weights(model: nn.Module, weights: Weights, folder: Path) -> None:
+    """Writes kept weights of a model, whole; the folder appears complete or not at all."""
+    main, whole = PartialState().is_main_process, {}
+    for name, parameter in _trainable(model):
+        weight = _whole(parameter, weights[name])
+        if main:
+            whole[name] = weight.cpu().contiguous()
+    if main:
+        with atomic_directory(folder) as partial:
+            save_file(whole, partial / FILE)
 
 
 def read_weights(model: nn.Module, folder: Path) -> Weights:
@@ -86,22 +104,79 @@ def read_weights(model: nn.Module, folder: Path) -> Weights:
             f"{path}: weights this run goes on with are gone; restore the file, or delete the "
             "run folder to begin again"
         )
-    names = {name for name, _ in _trainable(model)}
-    stored = load_file(path, device=str(next(model.parameters()).device))
-    if missing := names ^ stored.keys():
-        raise PrefoptError(
-            f"{path}: expected the weights of this model, but {sorted(missing)[0]!r} is in "
-            "only one of the two; delete the run folder to begin again"
-        )
-    return stored
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+    parameters = dict(_trainable(model))
+    device = str(next(model.parameters()).device)
+    with safe_open(path, "pt", device=device) as file:
+        if missing := parameters.keys() ^ file.keys():
             raise PrefoptError(
-                "rounds need whole weights in every process, but these are sharded (FSDP or "
-                "ZeRO-3); use DDP, or train a LoRA adapter with DDP"
+                f"{path}: expected the weights of this model, but {sorted(missing)[0]!r} is in "
+                "only one of the two; delete the run folder to begin again"
             )
-        if parameter.requires_grad:
-            yield name, parameter
+        return {name: _part(p, file.get_tensor(name)) for name, p in parameters.items()}
+
+
+# --- what a process holds of a weight ------------------------------------------------------------
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, Parameter]]:
+    _reshard(model)
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Has FSDP2 put its shards in place of what a forward pass may have left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _is_sharded(parameter: Parameter) -> bool:
+    return isinstance(parameter, DTensor) or is_partitioned(parameter)
+
+
+def _held(parameter: Parameter) -> Tensor:
+    """What this process holds of a parameter, itself."""
+    if is_partitioned(parameter):
+        return parameter.ds_tensor
+    return parameter.detach()
+
+
+def _set_held(parameter: Parameter, weight: Tensor) -> None:
+    _held(parameter).copy_(weight)
+    # ZeRO-3 leaves small parameters gathered
+    if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
+        parameter.data.copy_(_whole(parameter, parameter.ds_tensor))
+
+
+def _set_master(parameter: Parameter, weight: Tensor) -> None:
+    """Sets the float32 copy that DeepSpeed takes its steps on."""
+    if is_partitioned(parameter):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, weight)
+    elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and ZeRO-2
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, weight)
+
+
+def _whole(parameter: Parameter, weight: Tensor) -> Tensor:
+    """A kept weight as it was before it was sharded."""
+    if not is_partitioned(parameter):
+        return whole_tensor(weight)
+    parts = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, weight)
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _part(parameter: Parameter, whole: Tensor) -> Tensor:
+    """What this process holds of a weight that every process has read."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shard = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        return shard.to(parameter.device)
+    if is_partitioned(parameter):
+        size = parameter.ds_tensor.numel()
+        flat = pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
+        return flat[dist.get_rank() * size :][:size].clone()
+    return whole

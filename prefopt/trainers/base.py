@@ -32,6 +32,7 @@ from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.layout_check import layout_for
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.trainers.guards import finite_error, not_finite, write_step
+from prefopt.trainers.sharding import check_saves_whole
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,18 @@ class CompleteCheckpoints(Trainer):
             )
             args._n_gpu = 1  # nn.DataParallel cannot split trees
         super().__init__(args=args, **kwargs)
+        check_saves_whole(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves whole weights; under FSDP too, whatever form it keeps the state of training in."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        chosen = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")  # of others nothing would be saved here
+        super().save_model(output_dir, _internal_call)
+        plugin.set_state_dict_type(chosen)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step

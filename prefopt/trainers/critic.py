@@ -86,6 +86,19 @@ class CriticTrainer(SampleRoundTrainer):
             self.critic = get_peft_model(critic, adapter)
         self.critic_wrapped: nn.Module = self.critic.to(self.args.device)
 
+    def check_sharding(self) -> None:
+        """Refuses sharded weights.
+
+        Raises:
+            PrefoptError: FSDP or DeepSpeed is on.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise PrefoptError(
+                f"{type(self).__name__}: found {'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}, "
+                "which shards one model, but this algorithm trains a critic beside the policy; use "
+                "DDP, with a LoRA adapter where memory is short, or an algorithm without a critic"
+            )
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adds the critic's weights to the policy's, in groups with a rate of their own."""
         begun = self.optimizer is not None
@@ -143,8 +156,7 @@ class CriticTrainer(SampleRoundTrainer):
     def save_extra(self, folder: Path) -> None:
         """Adds the critic to a checkpoint."""
         super().save_extra(folder)
-        if self.accelerator.is_main_process:
-            save_weights(trainable_weights(self.critic), folder / "critic")
+        save_weights(self.critic, trainable_weights(self.critic), folder / "critic")
 
     def load_extra(self, folder: Path) -> None:
         """Reads the critic from a checkpoint."""

@@ -31,6 +31,7 @@ from prefopt.trainers.sample_rounds import (
     SampleRoundTrainer,
     sampled_log_probs,
 )
+from prefopt.trainers.sharding import shards_weights
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,20 @@ class NashMPTrainer(SampleRoundTrainer):
         self.opponent = "target"  # whose weights they are, in the phase that is on
         if self.two_phases:
             self._check_whole_steps()
+
+    def check_sharding(self) -> None:
+        """Refuses two phases where weights are sharded.
+
+        Raises:
+            PrefoptError: They are, or rounds cannot work with them for another reason.
+        """
+        super().check_sharding()
+        if self.two_phases and (found := shards_weights(self)):
+            raise PrefoptError(
+                f"mode: found mirror_prox with {found}, where an opponent's weights cannot take "
+                "the policy's place while processes sample by themselves; use mode ema, or DDP or "
+                "ZeRO-2"
+            )
 
     @property
     def two_phases(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prefopt.data.tree import PromptTree, TreeBatch
 from prefopt.errors import PrefoptError
+from prefopt.models.gathered import is_partitioned
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.log_probs import (
     LogProbShards,
@@ -34,8 +35,10 @@ SHOWN_ROWS = 256  # fewer are not worth a word: small rounds read some at every 
 
 
 def shared_fingerprint(model: nn.Module) -> str:
-    """The fingerprint of the main process's weights, on every process."""
-    fingerprint = [weights_fingerprint(model) if PartialState().is_main_process else ""]
+    """The fingerprint of the main process's weights, on every process; all of them call this."""
+    parted = any(map(is_partitioned, model.parameters()))  # ZeRO-3 does so as it loads a model
+    asked = parted or PartialState().is_main_process
+    fingerprint = [weights_fingerprint(model) if asked else ""]
     broadcast_object_list(fingerprint)
     return fingerprint[0]
 

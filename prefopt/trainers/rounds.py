@@ -44,6 +44,7 @@ from prefopt.trainers.players import player
 from prefopt.trainers.reference import progress_bar, shared_fingerprint
 from prefopt.trainers.round_config import RoundConfig, adapter_facts, schedule, settings_of
 from prefopt.trainers.round_rows import rows_of
+from prefopt.trainers.sharding import check_rounds
 
 logger = logging.getLogger(__name__)
 
@@ -136,13 +137,7 @@ class RoundTrainer(TreeTrainer):
         args.max_steps = min(planned, args.max_steps) if args.max_steps > 0 else planned
         self.fingerprint = shared_fingerprint(model)  # before an adapter or a checkpoint
         super().__init__(model, args, self.prompts, processing_class=processing_class, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            found = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-            raise PrefoptError(
-                f"{type(self).__name__}: found {found}, but rounds need whole weights, and an "
-                "optimiser they can begin afresh, in every process; use DDP, with a LoRA adapter "
-                "where memory is short"
-            )
+        self.check_sharding()
         self.rounds_dir = Path(args.rounds_dir or Path(args.output_dir) / "rounds")
         engine = engine or TransformersEngine(
             self.model, processing_class, batch_size=args.generation_batch_size
@@ -153,6 +148,14 @@ class RoundTrainer(TreeTrainer):
         self.begun = False
         self.facts = self._facts(kwargs.get("peft_config"))
         self.add_callback(_AfterSteps(self))
+
+    def check_sharding(self) -> None:
+        """Checks that rounds can work with the way the weights are sharded, if they are.
+
+        Raises:
+            PrefoptError: They cannot.
+        """
+        check_rounds(self, self.judge)
 
     # --- what an algorithm says ------------------------------------------------------------------
 
@@ -245,13 +248,14 @@ class RoundTrainer(TreeTrainer):
         if main:
             remove_partial(self.rounds_dir)
         kept = path.exists() and self.initial_weights.exists()
-        if main and self.uses_initial_weights and not kept:
+        self.accelerator.wait_for_everyone()  # no process may write before all have looked
+        if self.uses_initial_weights and not kept:
             if resumed:
                 raise PrefoptError(
                     f"{self.initial_weights}: the weights this run began with are gone; restore "
                     "them, or delete the run folder to begin again"
                 )
-            save_weights(trainable_weights(self.policy), self.initial_weights)
+            save_weights(self.policy, trainable_weights(self.policy), self.initial_weights)
         if main and not path.exists():
             atomic_write(path, json.dumps(self.facts, indent=2) + "\n")
         self.accelerator.wait_for_everyone()

@@ -159,9 +159,8 @@ class SampleRoundTrainer(RoundTrainer):
 
     def save_extra(self, folder: Path) -> None:
         """Adds the kept weights to a checkpoint."""
-        if self.accelerator.is_main_process:
-            for name in self.keeps:
-                save_weights(self.kept[name], folder / "kept" / name)
+        for name in self.keeps:
+            save_weights(self.policy, self.kept[name], folder / "kept" / name)
 
     def load_extra(self, folder: Path) -> None:
         """Reads the kept weights from a checkpoint."""

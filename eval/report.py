@@ -124,12 +124,24 @@ def _render(
         judges=[_judge(name, value, styles[name]) for name, value in judges.items()],
         max_points=plots.MAX_POINTS,
         curves=_curves(trained, styles, remarks),
+        overlaps=[note for name, run in trained.items() if (note := _overlap(name, run))],
         run_names=list(trained),
         last_values=_last_values(trained),
         samples=_sample_rows(samples),
         sample_names=[name for name in names if name in answered],
         files=_files(runs),
         remarks=remarks,
+    )
+
+
+def _overlap(name: str, run: Run) -> str:
+    """What sampling beside training saved, and how old samples were for it."""
+    saved, stale = (run.metrics.get(key, {}) for key in ("time/saved", "staleness"))
+    if not saved or not stale:
+        return ""
+    return (
+        f"{name}: sampling the next round beside training saved {sum(saved.values()):.0f} s; "
+        f"pairs were one round old, up to {max(stale.values()):.0f} optimiser steps."
     )
 
 

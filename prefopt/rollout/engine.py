@@ -136,7 +136,13 @@ class Engine(Protocol):
 
 
 class PushedEngine(Engine, Protocol):
-    """An engine with weights of its own, which are sent to it before it samples."""
+    """An engine with weights of its own, which are sent to it before it samples.
+
+    Attributes:
+        elsewhere: Whether it computes on other devices than training, and may do so meanwhile.
+    """
+
+    elsewhere: bool
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights; what was cached of older ones is forgotten.

@@ -57,6 +57,7 @@ class VLLMEngine:
     """
 
     continuous = True
+    elsewhere = False
 
     def __init__(
         self,

@@ -83,6 +83,11 @@ class PairRoundConfig(RoundConfig):
         if self.redraws < 0:
             raise PrefoptError(f"redraws: found {self.redraws}, expected 0 or more")
         self.pairing_settings()
+        if self.overlap and self.ties == "resample":
+            raise PrefoptError(
+                "overlap: found true with ties=resample, whose new samples would be of a newer "
+                "policy than the others; set ties to drop or keep"
+            )
         super().__post_init__()
 
     def pairing_settings(self) -> PairingSettings:
@@ -195,10 +200,13 @@ class PairRoundTrainer(RoundTrainer):
             yield
 
     def _kl(self, index: int) -> dict[str, float]:
-        """An estimate of the KL of the policy that sampled from the initial one, in nats."""
+        """An estimate of the KL of the policy that sampled from the initial one, in nats.
+
+        There is none with ``overlap``: the policy that sampled is not the one at hand.
+        """
         folder = round_folder(self.rounds_dir, index)
         trees = sampled_trees(self.collector, folder, self.plan[index], limit=KL_PROMPTS)
-        if not trees or not self.uses_initial_weights:
+        if not trees or not self.uses_initial_weights or self.ahead is not None:
             return {}
         own, initial = (
             stored_log_probs(

@@ -61,6 +61,10 @@ class RoundConfig(TreeTrainerConfig):
     generation_batch_size: int = field(
         default=64, metadata={"help": "Completions generated at a time."}
     )
+    overlap: bool = field(
+        default=False,
+        metadata={"help": "Servers sample the next round meanwhile; samples are a round stale."},
+    )
     rounds_dir: str | None = field(
         default=None, metadata={"help": "Where the rounds are kept; OUTPUT_DIR/rounds."}
     )

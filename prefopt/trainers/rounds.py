@@ -39,6 +39,7 @@ from prefopt.rounds.sampling import Sampler
 from prefopt.rounds.storage import atomic_write, remove_partial
 from prefopt.rounds.store import read_lines, round_folder
 from prefopt.rounds.weights import save_weights, trainable_weights
+from prefopt.trainers.ahead import Ahead
 from prefopt.trainers.base import TreeDataset, TreeTrainer
 from prefopt.trainers.players import player
 from prefopt.trainers.reference import progress_bar, shared_fingerprint
@@ -144,6 +145,7 @@ class RoundTrainer(TreeTrainer):
         )
         self.engine = engine
         self.collector = self.make_collector()
+        self.ahead = Ahead(self) if args.overlap else None
         self.current: OpenRound | None = None
         self.begun = False
         self.facts = self._facts(kwargs.get("peft_config"))
@@ -316,9 +318,16 @@ class RoundTrainer(TreeTrainer):
                 f"{folder}: this round is gone but its training has begun; restore the folder, or "
                 "delete the checkpoints to begin again"
             )
+        seconds: dict[str, float] = {}
+        facts: dict[str, float] = {}
         if begins:
             self.before_sampling(index)
-        seconds = self.collect(index, folder)
+        if begins and self.ahead is not None:
+            seconds |= self.ahead.wait()
+            facts["staleness"] = start - (self.current.start if self.current else start)
+        seconds |= self.collect(index, folder)
+        if begins and self.ahead is not None and index + 1 < len(self.plan):
+            self.ahead.begin(index + 1)  # before training moves the weights
         (report,) = read_lines(folder / "round.json")
         self.reports_of.append(report)
         rows = self.rows_of_round(index)
@@ -329,11 +338,10 @@ class RoundTrainer(TreeTrainer):
             seed=(args.seed, index),
         )
         opened = OpenRound(index, start, self._steps(rows), order)
-        facts: dict[str, float] = {}
         if self.state.global_step < opened.end:
             self.dataset = self.round_dataset(index, moved=not begins)
             if begins:
-                facts = self.begin_training(index)
+                facts |= self.begin_training(index)
                 if index and args.optimizer_state == "fresh":
                     self.optimizer.state.clear()
         if index == len(self.plan) - 1:
@@ -358,6 +366,14 @@ class RoundTrainer(TreeTrainer):
     def _steps(self, rows: int) -> int:
         """Optimiser steps over so many rows, all passes together."""
         return math.ceil(math.ceil(rows * self.args.num_train_epochs) / self.args.global_batch)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint is one to go on from: what the next round is sampled from is gone by then,
+        so its samples are waited for.
+        """
+        if self.ahead is not None:
+            self.add_metrics({k: torch.tensor([v]) for k, v in self.ahead.wait().items()})
+        super()._save_checkpoint(model, trial)
 
     # --- the learning rate -----------------------------------------------------------------------
 

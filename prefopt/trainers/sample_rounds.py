@@ -70,6 +70,11 @@ class SampleRoundConfig(RoundConfig):
     def __post_init__(self) -> None:
         if self.steps_per_round < 1:
             raise PrefoptError(f"steps_per_round: found {self.steps_per_round}, expected 1 or more")
+        if self.overlap:
+            raise PrefoptError(
+                "overlap: found true, but this algorithm follows a gradient of the policy's own "
+                "samples, which stale ones would bias; use online_dpo or inpo, or set it to false"
+            )
         super().__post_init__()
 
     @property

@@ -1,0 +1,83 @@
+"""Samples the next round on servers while this one is trained on: one round stale.
+
+Off-policy by exactly one round, as in asynchronous RLHF (Noukhovitch et al., arXiv 2410.18252),
+whose finding is that online DPO bears it. Only sampling runs beside training: what is
+sampled lies on disk before its round begins, and is judged and paired then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from prefopt.errors import PrefoptError
+from prefopt.rollout.engine import PushedEngine
+from prefopt.rounds.collect import Collector, Drawing, first_drawing, sample, undone
+from prefopt.rounds.sampling import Player
+from prefopt.rounds.store import rollouts_path, round_folder
+from prefopt.trainers.players import push
+
+if TYPE_CHECKING:
+    from prefopt.trainers.rounds import RoundTrainer
+
+
+class Ahead:
+    """The sampling of one round beside the training on the one before.
+
+    Args:
+        trainer: The trainer, whose engine samples on other devices than its own.
+
+    Raises:
+        PrefoptError: The engine samples on the trainer's own devices.
+    """
+
+    def __init__(self, trainer: RoundTrainer) -> None:
+        if not getattr(trainer.engine, "elsewhere", False):
+            raise PrefoptError(
+                f"overlap: found {type(trainer.engine).__name__}, which samples on the devices "
+                "that train; use rollout.engine vllm_server, or set overlap to false"
+            )
+        self.trainer = trainer
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampling")
+        self.running: Future[float] | None = None
+
+    def begin(self, index: int) -> None:
+        """Pushes the policy as it is now, and has a round sampled from it; all processes call this.
+
+        Args:
+            index: Number of the round.
+        """
+        trainer = self.trainer
+        folder = round_folder(trainer.rounds_dir, index)
+        drawing = first_drawing(trainer.collector, folder, index, trainer.plan[index])
+        missing, own = undone(drawing, rollouts_path)
+        if missing:
+            push(trainer, cast(PushedEngine, trainer.engine))
+            sampler = replace(trainer.collector.sampler, players=[Player(trainer.engine)])
+            collector = replace(trainer.collector, sampler=sampler)
+            self.running = self.pool.submit(_timed, collector, drawing, own)
+
+    def wait(self) -> dict[str, float]:
+        """Waits until what was begun is on disk; all processes call this.
+
+        Returns:
+            Seconds: ``time/ahead``, that sampling took beside training, and ``time/saved``, the
+            part of it that training did not wait for; nothing if nothing had begun.
+        """
+        begun, seconds = time.perf_counter(), {}
+        if self.running is not None:
+            took = self.running.result()
+            waited = time.perf_counter() - begun
+            seconds = {"time/ahead": took, "time/saved": max(0.0, took - waited)}
+            self.running = None
+        self.trainer.accelerator.wait_for_everyone()
+        return seconds
+
+
+def _timed(collector: Collector, drawing: Drawing, own: Sequence[int]) -> float:
+    begun = time.perf_counter()
+    sample(collector, drawing, own, lambda done: None)
+    return time.perf_counter() - begun

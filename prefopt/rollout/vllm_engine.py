@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -212,9 +213,12 @@ def vllm_environment() -> None:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # training keeps its threads where they are
+            "TORCHDYNAMO_DISABLE": "1",  # what it compiles takes longer than it saves on a CPU
         }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if "torch._dynamo" in sys.modules:  # which has read the environment already
+        torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 
 
 def parameters(

@@ -8,11 +8,13 @@ the device to training.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TEMPERATURES = (0.01, 2.0)  # vLLM raises what is below and refuses what is above
+CPU_CACHE = 2**28  # bytes of keys and values, unless VLLM_CPU_KVCACHE_SPACE says more (in GiB)
 INSTALL = "pip install 'prefopt[vllm]', or see docs/vllm.md for machines without a GPU"
 
 
@@ -70,15 +73,24 @@ class VLLMEngine:
         dtype: str = "bfloat16",
         gpu_memory: float = 0.5,
     ) -> None:
-        if problem := cannot_run():
-            raise PrefoptError(f"rollout.engine vllm: {problem}")
         self.tokenizer, self.stop_token_ids = tokenizer, list(stop_token_ids)
         self.context_length = context_length
         self.asleep = False
         self.requests = itertools.count()
-        self.llm = _build(config, context_length, dtype, gpu_memory)
-        # else the process groups, training's among them, would go with this object
-        self.llm.llm_engine.engine_core._finalizer.detach()
+        cuda = torch.cuda.is_available()
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            self.llm = start(
+                folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=dtype,
+                max_model_len=context_length,
+                enable_sleep_mode=cuda,
+                logprobs_mode="processed_logprobs",  # at the temperature of the request
+                generation_config="vllm",
+                **({"gpu_memory_utilization": gpu_memory} if cuda else {}),
+            )
         self.release()
 
     def generate(
@@ -211,7 +223,6 @@ def vllm_environment() -> None:
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR"}
     if not torch.cuda.is_available():
         defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # training keeps its threads where they are
             "TORCHDYNAMO_DISABLE": "1",  # what it compiles takes longer than it saves on a CPU
         }
@@ -269,37 +280,40 @@ def whole_distribution(settings: SamplingSettings) -> bool:
     return settings.temperature == 0 or (settings.top_p == 1 and settings.top_k == 0)
 
 
-def _build(config: PreTrainedConfig, context_length: int, dtype: str, gpu_memory: float) -> Any:
-    """vLLM's engine for a configuration, with weights still to come."""
+def start(model: str, **options: Any) -> Any:
+    """A vLLM engine in this process that leaves the process's own things alone.
+
+    Args:
+        model: A folder with a configuration, and with weights unless ``load_format`` is dummy.
+        **options: What else ``vllm.LLM`` takes.
+
+    Raises:
+        PrefoptError: vLLM cannot run here, or cannot run this model.
+    """
+    if problem := cannot_run():
+        raise PrefoptError(f"vllm: {problem}")
     from vllm import LLM
 
-    cuda = torch.cuda.is_available()
-    joined = PartialState().num_processes > 1
-    options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory} if cuda else {}
-    if joined:  # the processes of training are there already: each takes the rank it has
+    if not torch.cuda.is_available():
+        options = {"enforce_eager": True, **options}
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            options |= {"kv_cache_memory_bytes": CPU_CACHE}
+    if PartialState().num_processes > 1:  # they are there already: each takes the rank it has
         options["distributed_executor_backend"] = "external_launcher"
-    with tempfile.TemporaryDirectory() as folder, _threads_kept():
-        config.save_pretrained(folder)
-        try:
-            return LLM(
-                model=folder,
-                skip_tokenizer_init=True,
-                load_format="dummy",
-                dtype=dtype,
-                max_model_len=context_length,
-                enable_prefix_caching=True,
-                enable_sleep_mode=cuda,
-                enforce_eager=not cuda,
-                logprobs_mode="processed_logprobs",  # at the temperature of the request
-                generation_config="vllm",
-                disable_log_stats=True,
-                **options,
-            )
-        except (ValueError, RuntimeError, AssertionError) as error:  # how it refuses models
-            raise PrefoptError(
-                f"rollout.engine vllm: no engine could be built ({error}); use rollout.engine "
-                "transformers for this model, or change rollout.gpu_memory"
-            ) from error
+    try:
+        with _threads_kept():
+            llm = LLM(model=model, enable_prefix_caching=True, disable_log_stats=True, **options)
+    except (ValueError, RuntimeError, AssertionError) as error:  # how it refuses models
+        raise PrefoptError(
+            f"vllm: no engine could be built ({error}); use the engine transformers for this "
+            "model, or give it another share of memory (gpu_memory)"
+        ) from error
+    # vLLM's own way to end would take all process groups along, those of training too
+    llm.llm_engine.engine_core._finalizer.detach()
+    core = llm.llm_engine.engine_core.engine_core
+    weakref.finalize(llm, core.model_executor.shutdown).atexit = False
+    gc.unfreeze()  # vLLM hides all there is from the collector, its own memory too
+    return llm
 
 
 @contextmanager

@@ -60,7 +60,11 @@ def make_engine(
     from prefopt.rollout.vllm_server import VLLMServerEngine
 
     return VLLMServerEngine(
-        rollout.servers or [], tokenizer, weights_dir=Path(recipe.run_dir) / "weights", **common
+        rollout.servers or [],
+        tokenizer,
+        weights_dir=Path(recipe.run_dir) / "weights",
+        transfer=rollout.transfer,
+        **common,
     )
 
 

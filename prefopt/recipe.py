@@ -133,6 +133,7 @@ class RolloutSection(Section):
     batch_size: Count = 64  # completions generated at a time; transformers only
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5  # vllm: share of the device, at most
     servers: Annotated[list[Text], Field(min_length=1)] | None = None  # vllm_server: URLs
+    transfer: Literal["disk", "nccl"] = "disk"  # vllm_server: how weights get there
     mix: Annotated[list[SamplingPart], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")

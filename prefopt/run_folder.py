@@ -23,6 +23,8 @@ from prefopt.recipe import Recipe, load_recipe
 from prefopt.rounds.storage import atomic_write
 from prefopt.trainers.base import last_complete_checkpoint
 
+# where samples are drawn, and how weights get there, may change between two starts of a run
+PLACES = {"rollout.gpu_memory", "rollout.servers", "rollout.transfer"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -38,10 +40,10 @@ def check_run(recipe: Recipe) -> None:
     trained = begun or last_complete_checkpoint(folder / "checkpoints")
     if not trained or not stored.exists():
         return
-    different = sorted(_differences(load_recipe(stored).resolved(), recipe.resolved()))
+    different = {*_differences(load_recipe(stored).resolved(), recipe.resolved())} - PLACES
     if different:
         raise PrefoptError(
-            f"{folder}: this run was begun with other values of {', '.join(different)}; "
+            f"{folder}: this run was begun with other values of {', '.join(sorted(different))}; "
             "choose another run_dir, or delete the folder to begin again"
         )
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe, validate_trainer_keys
+from prefopt.run_folder import check_run
 
 DOCS = Path(__file__).parents[1] / "docs" / "recipes.md"
 MINIMAL = """\
@@ -535,3 +536,37 @@ def test_importing_recipes_loads_no_heavy_library() -> None:
     )
     heavy = {"torch", "transformers", "datasets", "numpy", "accelerate", "peft", "trl"}
     assert not heavy & set(loaded.stdout.split())
+
+
+def test_servers_go_with_their_engine(recipe_file: Path) -> None:
+    for overrides in (
+        ["rollout.engine=vllm_server"],
+        ["rollout.servers=[http://127.0.0.1:8000]"],
+        ["rollout.engine=vllm", "rollout.servers=[http://127.0.0.1:8000]"],
+    ):
+        with pytest.raises(PrefoptError, match="go together"):
+            load_recipe(recipe_file, overrides)
+    both = ["rollout.engine=vllm_server", "rollout.servers=[http://127.0.0.1:8000]"]
+    assert load_recipe(recipe_file, both).rollout.servers == ["http://127.0.0.1:8000"]
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm_server", "auto", "transformers"])
+def test_engines_that_there_are(recipe_file: Path, name: str) -> None:
+    servers = ["rollout.servers=[http://a:1]"] if name == "vllm_server" else []
+    recipe = load_recipe(recipe_file, [f"rollout.engine={name}", *servers])
+    assert recipe.rollout.engine == name
+
+
+def test_where_samples_are_drawn_may_change_between_two_starts(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    def recipe(*overrides: str) -> Recipe:
+        servers = "rollout.servers=[http://a:1]"
+        common = [f"run_dir={tmp_path / 'run'}", "rollout.engine=vllm_server", servers]
+        return load_recipe(recipe_file, [*common, *overrides])
+
+    recipe().write_resolved(tmp_path / "run" / "recipe.yaml")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    check_run(recipe("rollout.servers=[http://b:2, http://c:3]", "rollout.transfer=nccl"))
+    with pytest.raises(PrefoptError, match=r"other values of rollout\.temperature;"):
+        check_run(recipe("rollout.servers=[http://b:2]", "rollout.temperature=0.5"))

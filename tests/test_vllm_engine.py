@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rollout import Completion, SamplingSettings, vllm_engine
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rollout.vllm_engine import VLLMEngine
+from prefopt.rounds.store import Sample, read_rollouts
 from prefopt.train import read_recipe, train
 from prefopt.world import build_world
 from prefopt.world.tokenizer import world_tokenizer
@@ -34,6 +38,7 @@ pytestmark = [
     pytest.mark.skipif(vllm_engine.cannot_run() is not None, reason=str(vllm_engine.cannot_run())),
 ]
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TOKENIZER = world_tokenizer()
 EOS = TOKENIZER.eos_token_id
 SHAPE = {
@@ -306,3 +311,29 @@ def test_auto_takes_vllm_where_it_can_run(world: Path, caplog: pytest.LogCapture
     train(read_recipe(world / "online_dpo.yaml", overrides))
     assert "rollout.engine: vllm" in caplog.text
     assert logged(run, "push/gap")
+
+
+@pytest.mark.slow  # three interpreters import torch and vLLM
+def test_two_processes_with_an_engine_each_are_one(world: Path) -> None:
+    recipe, runs = world / "online_dpo.yaml", [world / "one", world / "two"]
+    for processes, run in enumerate(runs, start=1):
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "-m"][: 4 * (processes - 1)]
+        command = [sys.executable, "-m", *launcher, "prefopt", "train", str(recipe)]
+        batch = f"trainer.per_device_train_batch_size={32 // processes}"
+        options = [f"run_dir={run}", "rollout.engine=vllm", "trainer.logging_steps=1", batch]
+        options += ["trainer.prompts_per_shard=2"]
+        subprocess.run([*command, *options], check=True, env=ENVIRONMENT, capture_output=True)
+    one, two = runs
+    for index in range(2):
+        ours, theirs = (read_all(run / "rounds" / f"{index:04d}") for run in runs)
+        assert len(ours) == 8
+        assert ours == theirs
+    assert logged(two, "loss") == pytest.approx(logged(one, "loss"), rel=1e-4)
+    assert max(logged(two, "push/gap")) < 1e-4
+
+
+def read_all(folder: Path) -> dict[int, list[Sample]]:
+    found: dict[int, list[Sample]] = {}
+    for path in sorted(folder.glob("draw-0/rollouts-*.parquet")):
+        found |= read_rollouts(path)
+    return found

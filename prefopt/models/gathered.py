@@ -168,6 +168,7 @@ def _adapted_modules(base: nn.Module) -> dict[str, Any]:
                 "expected one that adds B A to the weights of linear layers or embeddings (no "
                 "DoRA, no lora_bias, no quantised weights); change peft_config"
             )
+    return adapted
 
 
 def _stands_for(module: Any) -> str:

@@ -11,7 +11,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +22,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_rounds import PROMPTS, Stopped, equal, logged, make_trainer, tiny_policy
+from test_rounds import PROMPTS, Graded, Stopped, equal, logged, make_trainer, tiny_policy
 from test_rounds_killed import ENVIRONMENT, StopBefore
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
@@ -483,3 +485,76 @@ def test_gathered_weights_of_an_adapter_are_merged_in_a_copy() -> None:
 def test_an_adapter_that_is_no_sum_is_refused() -> None:
     with pytest.raises(PrefoptError, match="not a plain LoRA"):
         list(gathered_weights(adapted(use_dora=True)))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has trainers find FSDP or DeepSpeed on, with some settings of its plugin."""
+    make = Trainer.create_accelerator_and_postprocess
+
+    def on(name: str, **settings: Any) -> None:
+        def found(self: Trainer) -> None:
+            make(self)
+            setattr(self, f"is_{name}_enabled", True)
+            plugin = {f"{name}_plugin": SimpleNamespace(**settings)}
+            self.accelerator.state = SimpleNamespace(**vars(self.accelerator.state), **plugin)
+
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", found)
+
+    forget_sharding()
+    return on
+
+
+FSDP = {"activation_checkpointing": False, "cpu_ram_efficient_loading": False}
+
+
+def test_two_models_that_train_are_not_sharded(pretend: Any, tmp_path: Path) -> None:
+    pretend("fsdp", fsdp_version=2, **FSDP)
+    with pytest.raises(PrefoptError, match=r"found FSDP, .* a critic"):
+        make_trainer(tmp_path, "ppo")
+    pretend("deepspeed", deepspeed_config={})
+    with pytest.raises(PrefoptError, match=r"found DeepSpeed, .* a critic"):
+        make_trainer(tmp_path, "ppo")
+
+
+def test_an_opponent_is_not_sharded(pretend: Any, tmp_path: Path) -> None:
+    two_phases = {"mode": "mirror_prox", "rounds": 2, "phase_rounds": 1, "prompts_per_round": 4}
+    stage = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    pretend("fsdp", fsdp_version=2, **FSDP)
+    with pytest.raises(PrefoptError, match="mirror_prox with FSDP"):
+        make_trainer(tmp_path, "nash_mp", **two_phases)
+    pretend("deepspeed", deepspeed_config={"zero_optimization": stage})
+    with pytest.raises(PrefoptError, match="mirror_prox with ZeRO-3"):
+        make_trainer(tmp_path, "nash_mp", **two_phases)
+    pretend("deepspeed", deepspeed_config={"zero_optimization": {"stage": 2}})
+    make_trainer(tmp_path, "nash_mp", **two_phases)
+
+
+def test_the_first_fsdp_is_refused(pretend: Any, tmp_path: Path) -> None:
+    pretend("fsdp", fsdp_version=1, **FSDP)
+    with pytest.raises(PrefoptError, match=r"found FSDP version 1, .* use version 2"):
+        make_trainer(tmp_path)
+
+
+def test_rounds_make_optimiser_and_schedule_themselves(pretend: Any, tmp_path: Path) -> None:
+    for section in ("optimizer", "scheduler"):
+        pretend("deepspeed", deepspeed_config={section: {"type": "AdamW"}})
+        with pytest.raises(PrefoptError, match=f"found the section {section!r}"):
+            make_trainer(tmp_path)
+
+
+def test_zero_3_must_save_models(pretend: Any, tmp_path: Path) -> None:
+    pretend("deepspeed", deepspeed_config={"zero_optimization": {"stage": 3}})
+    with pytest.raises(PrefoptError, match="stage3_gather_16bit_weights_on_model_save"):
+        make_trainer(tmp_path)
+
+
+def test_a_judge_in_parts_is_refused(pretend: Any, tmp_path: Path) -> None:
+    judge = Graded(len)
+    judge.model = tiny_policy()
+    judge.model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it has parted
+    with pytest.raises(PrefoptError, match="judge: found its weights in the parts of ZeRO-3"):
+        make_trainer(tmp_path, judge=judge)

@@ -125,17 +125,12 @@ def _unpartitioned(engine: nn.Module, policy: nn.Module) -> Iterator[None]:
     with _gathered(policy.parameters()):
         for parameter in policy.parameters():
             parameter.ds_active_sub_modules.clear()
-        for hook in (*offload.forward_hooks, *offload.backward_hooks):
-            hook.remove()
+        offload._remove_module_hooks()
         offload.forward_hooks, offload.backward_hooks = [], []
         try:
             yield
         finally:
-            # the order of the modules that it has traced is that of training no longer
-            coordinator = offload.param_coordinator
-            if not coordinator.is_invalid_trace():
-                coordinator._invalidate_trace()
-            offload._register_deepspeed_module(offload.module)
+            offload.setup_zero_stage3_hooks()
 
 
 def _gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:

@@ -81,15 +81,19 @@ def exchanged(model: nn.Module, weights: Weights) -> Iterator[None]:
 
 
 def save_weights(model: nn.Module, weights: Weights, folder: Path) -> None:
-    """Writes kept weights of a model, whole; the folder appears complete or not at all."""
-    main, whole = PartialState().is_main_process, {}
+    """Writes kept weights of a model, whole; the folder appears complete or not at all.
+
+    It is there for every process when this returns.
+    """
+    state, whole = PartialState(), {}
     for name, parameter in _trainable(model):
         weight = _whole(parameter, weights[name])
-        if main:
+        if state.is_main_process:
             whole[name] = weight.cpu().contiguous()
-    if main:
+    if state.is_main_process:
         with atomic_directory(folder) as partial:
             save_file(whole, partial / FILE)
+    state.wait_for_everyone()
 
 
 def read_weights(model: nn.Module, folder: Path) -> Weights:

@@ -38,6 +38,7 @@ from prefopt.reward_models.preference_trainer import (
     tokenize_comparisons,
 )
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
+from prefopt.reward_models.vllm_judges import check_vllm
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
@@ -209,10 +210,12 @@ def check_judge(recipe: Recipe) -> None:
     """Finds out whether the judge of an algorithm that samples is there, by its tokenizer.
 
     Raises:
-        PrefoptError: It is not.
+        PrefoptError: It is not, or what runs it is not installed.
     """
     config, _ = ALGORITHMS[recipe.trainer.algorithm]
     if recipe.judge is not None and getattr(config, "asks", None):
+        if recipe.judge.engine == "vllm":
+            check_vllm()
         try:
             load_tokenizer(recipe.judge.path)
         except PrefoptError as error:
@@ -409,7 +412,7 @@ def make_trainer(
     if isinstance(args, RoundConfig):
         more = {"sampling": sampling_of(recipe)}
         if args.asks and recipe.judge is not None:
-            more["judge"] = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
+            more["judge"] = load_judge(**recipe.judge.model_dump(), device=args.device)
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
     model = _load_model(recipe, tokenizer)

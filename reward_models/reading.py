@@ -36,7 +36,7 @@ def read_once(
         sequences: [n].
     """
     distinct = sorted(set(sequences))
-    numbers = dict(zip(distinct, read(distinct), strict=True))
+    numbers = dict(zip(distinct, read(distinct) if distinct else [], strict=True))
     return np.array([numbers[sequence] for sequence in sequences])
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-# vLLM's engines in one process share a state that the first to go takes along: these stay
 @pytest.fixture(scope="module")
-def reward_model(folders: dict[str, Path]) -> VllmRewardModel:
+def reward_model(folders: dict[str, Path]) -> Iterator[VllmRewardModel]:
     judge = load_judge("reward_model", str(folders["scalar"]), engine="vllm")
     assert isinstance(judge, VllmRewardModel)
-    return judge
+    yield judge
+    stop(judge)
 
 
 @pytest.fixture(scope="module")
-def preference_model(folders: dict[str, Path]) -> VllmPreferenceModel:
+def preference_model(folders: dict[str, Path]) -> Iterator[VllmPreferenceModel]:
     judge = load_judge("preference_model", str(folders["causal"]), engine="vllm")
     assert isinstance(judge, VllmPreferenceModel)
-    return judge
+    yield judge
+    stop(judge)
+
+
+def stop(judge: VllmRewardModel | VllmPreferenceModel) -> None:
+    """Ends an engine now: whenever one is collected, it takes the state of all others along."""
+    judge.llm.llm_engine.engine_core.shutdown()
 
 
 def assert_same(judge: Judge, plain: Judge) -> None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.template import stop_token_ids
 from prefopt.recipe import Recipe
-from prefopt.rollout import vllm_engine
 from prefopt.rollout.engine import Engine, SamplingSettings
+from prefopt.rollout.vllm_engine import TEMPERATURES, VLLMEngine
+from prefopt.rollout.vllm_process import architectures, cannot_run
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def make_engine(
     }
     if name == "vllm":
         dtype = _precision(args, model)
-        return vllm_engine.VLLMEngine(
+        return VLLMEngine(
             model.config, tokenizer, dtype=dtype, gpu_memory=rollout.gpu_memory, **common
         )
     from prefopt.rollout.vllm_server import VLLMServerEngine
@@ -70,17 +71,17 @@ def make_engine(
 
 def unfit(model: PreTrainedModel, sampling: Sequence[SamplingSettings]) -> str | None:
     """Why vLLM in this process would not do for a policy; None if it would."""
-    if why_not := vllm_engine.cannot_run():
+    if why_not := cannot_run():
         return why_not
-    least, most = vllm_engine.TEMPERATURES
+    least, most = TEMPERATURES
     for part in sampling:
         if part.temperature and not least <= part.temperature <= most:
             return f"vLLM does not sample at temperature {part.temperature}"
     if getattr(model, "quantization_method", None) is not None:
         return "quantised weights cannot be pushed to vLLM"
-    architectures = model.config.architectures or [type(model).__name__]
-    if not set(architectures) & vllm_engine.architectures():
-        return f"vLLM does not know {architectures[0]}"
+    known = model.config.architectures or [type(model).__name__]
+    if not set(known) & architectures():
+        return f"vLLM does not know {known[0]}"
     return None
 
 

@@ -20,6 +20,8 @@ class Judge(Protocol):
 
     A judge may have a class attribute ``compares_only``: True says that its scores mean something
     among the samples of one prompt only, such as a mean win rate. Where it is absent it is False.
+    Trainers know a judge's weights by its ``model`` or, where it holds no torch module, by
+    ``fingerprint``, a hash; PPO's critic begins as ``model`` or as what ``load_model()`` returns.
     """
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:

@@ -111,6 +111,9 @@ class JudgeSection(Section):
 
     kind: Literal["reward_model", "preference_model"]
     path: Text  # a local folder or a Hub id
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    engine: Literal["transformers", "vllm"] = "transformers"
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3  # the share that vLLM takes
 
 
 class SamplingPart(Section):

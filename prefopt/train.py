@@ -40,6 +40,7 @@ from prefopt.reward_models.preference_trainer import (
 )
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
 from prefopt.rollout.engine import SamplingSettings
+from prefopt.rollout.vllm_process import check_installed
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
@@ -210,10 +211,12 @@ def check_judge(recipe: Recipe) -> None:
     """Finds out whether the judge of an algorithm that samples is there, by its tokenizer.
 
     Raises:
-        PrefoptError: It is not.
+        PrefoptError: It is not, or what runs it is not installed.
     """
     config, _ = ALGORITHMS[recipe.trainer.algorithm]
     if recipe.judge is not None and getattr(config, "asks", None):
+        if recipe.judge.engine == "vllm":
+            check_installed("judge.engine")
         try:
             load_tokenizer(recipe.judge.path)
         except PrefoptError as error:
@@ -299,6 +302,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if summary.exists():
         logger.info("%s is complete", folder)
         return json.loads(summary.read_text())
+    if in_rounds(recipe.trainer.algorithm) and recipe.rollout.engine == "vllm":
+        check_installed("rollout.engine")
     check_judge(recipe)  # before data are read and models are loaded
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer, args)
@@ -411,7 +416,7 @@ def make_trainer(
         more = {"sampling": sampling_of(recipe)}
         if args.asks and recipe.judge is not None:
             with loaded_whole():
-                judge = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
+                judge = load_judge(**recipe.judge.model_dump(), device=args.device)
             more["judge"] = judge
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
@@ -420,7 +425,6 @@ def make_trainer(
         more["engine"] = make_engine(
             recipe, args, model, tokenizer, rows.train.prompt_ids, more["sampling"]
         )
-        set_seed(recipe.seed)  # an engine that is built seeds torch anew
     try:
         trainer = trainer_class(
             model,

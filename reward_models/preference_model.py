@@ -6,16 +6,16 @@ user message, and the probabilities of the answer tokens "A" and "B" are the jud
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.data.rows import Message, Prompt
+from prefopt.data.rows import Message, Prompt, group_by_prompt
 from prefopt.data.template import (
     check_one_bos,
     check_tokenizer,
@@ -25,16 +25,13 @@ from prefopt.data.template import (
     stop_token_ids,
     without_special_tokens,
 )
-from prefopt.data.tree import Layout, PromptTree, collate_trees
+from prefopt.data.tree import Layout, TreeBatch
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.load import load_policy, load_tokenizer
-from prefopt.models.logprobs import sequence_log_probs
-from prefopt.reward_models.reward_model import (
-    check_context,
-    probability_of_beating,
-    within_budget,
-)
+from prefopt.models.logprobs import next_token_log_probs
+from prefopt.reward_models.reading import Ids, read_last, read_once
+from prefopt.reward_models.reward_model import probability_of_beating
 
 ANSWERS = ("A", "B")
 Comparison = tuple[Prompt, str, str]
@@ -93,7 +90,7 @@ class ComparisonEncoder:
         questions = [
             render(self.tokenizer, comparison_prompt(*comparison), []) for comparison in comparisons
         ]
-        encoded = [ids for ids, _ in encode(self.tokenizer, questions)] if questions else []
+        encoded = [ids for ids, _ in encode(self.tokenizer, questions)]
         for ids in encoded:
             check_one_bos(self.tokenizer, ids)
         return encoded
@@ -103,65 +100,34 @@ class ComparisonEncoder:
         return self._count_stops(ids) > self._stops_of_template
 
     def _count_stops(self, ids: Sequence[int]) -> int:
-        return sum(token in self._stop_ids for token in ids)
+        return sum(map(self._stop_ids.__contains__, ids))
 
 
-class PreferenceModel:
+class ComparisonJudge:
     """Answers P(a beats b) by reading both orders of the two answers; scores by mean win rate.
 
+    A subclass says how a comparison is read.
+
     Args:
-        model: A causal LM, on the device where it is to run.
-        tokenizer: Its tokenizer, with the chat template it was trained with.
-        batch_tokens: Tokens a forward pass takes at most (one comparison may exceed it).
+        tokenizer: The tokenizer, with the chat template the judge was trained with.
     """
 
     compares_only = True
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_tokens: int = 8192,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.encoder = ComparisonEncoder(tokenizer)
-        enable_trees(model)
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.batch_tokens = batch_tokens
-        self.layout: Layout = "tree" if supports_tree_attention(model) else "separate"
+        self.tokenizer = tokenizer
 
-    @classmethod
-    def from_pretrained(
-        cls, path: str, *, dtype: str = "auto", device: str | torch.device | None = None
-    ) -> PreferenceModel:
-        """Loads a preference model, which is an ordinary causal LM with its tokenizer.
-
-        Args:
-            path: A local folder or a Hub id.
-            dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
-            device: Where to run; a GPU when there is one.
-
-        Raises:
-            PrefoptError: Nothing can be loaded from ``path``, it is a scalar reward model, or its
-                tokenizer cannot pose the question.
-        """
-        tokenizer = load_tokenizer(path)
-        model = load_policy(path, dtype=dtype)
-        saved_as = ", ".join(model.config.architectures or ())
-        if "SequenceClassification" in saved_as:  # loaded all the same, with a random head
-            raise PrefoptError(
-                f"model path {path!r}: found {saved_as}, expected a causal LM trained with "
-                "algorithm preference_model; a scalar reward model has judge kind reward_model"
-            )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), tokenizer)
+    def read(self, sequences: Sequence[Ids]) -> list[float]:
+        """The logit of "A" minus that of "B" after each of some distinct, sorted sequences."""
+        raise NotImplementedError
 
     def prefer(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
         """P(a beats b), the mean over both orders, float64 [n]; swapping gives exactly 1 minus it.
 
         Raises:
-            PrefoptError: A prompt holds a stop token, or a comparison is longer than the model's
-                table of positions.
+            PrefoptError: A prompt holds a stop token, or a comparison is longer than the model can
+                read.
         """
         return position_average(*self._first_wins(prompts, a, b))
 
@@ -184,17 +150,15 @@ class PreferenceModel:
         Raises:
             PrefoptError: A prompt has only one completion; or as for ``prefer``.
         """
-        groups: dict[str, list[int]] = {}
-        for i, (prompt, _) in enumerate(zip(prompts, completions, strict=True)):
-            groups.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
-        alone = [members[0] for members in groups.values() if len(members) == 1]
+        groups = group_by_prompt(prompts)
+        alone = [members[0] for members in groups if len(members) == 1]
         if alone:
             raise PrefoptError(
                 f"{len(alone)} of {len(groups)} prompts have a single completion (the first is "
                 f"number {alone[0] + 1}) and a preference model scores completions against each "
                 "other; sample two or more a prompt, or use a reward model as judge"
             )
-        duels = [duel for members in groups.values() for duel in combinations(members, 2)]
+        duels = [duel for members in groups for duel in combinations(members, 2)]
         p = self.prefer(
             [prompts[i] for i, _ in duels],
             [completions[i] for i, _ in duels],
@@ -210,7 +174,7 @@ class PreferenceModel:
         self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """P("A") where a stands first, and where b does, [n] each."""
-        a, b = ([without_special_tokens(self.tokenizer, text) for text in side] for side in (a, b))
+        a, b = (without_special_tokens(self.tokenizer, side) for side in (a, b))
         forth = list(zip(prompts, a, b, strict=True))
         back = list(zip(prompts, b, a, strict=True))
         questions = [tuple(ids) for ids in self.encoder.encode(forth + back)]
@@ -220,21 +184,85 @@ class PreferenceModel:
                     "a prompt holds a stop token of the judge in its text, which would end the "
                     f"question: found it before {_shortened(comparison)}; remove it"
                 )
-        check_context(self.model, (len(question) + 1 for question in questions))
-        logits: dict[tuple[int, ...], float] = {}
-        size = len(ANSWERS)  # tokens that the tree adds to its question
-        for batch in within_budget(
-            sorted(set(questions)), lambda question: len(question) + size, self.batch_tokens
-        ):
-            answers = [[token] for token in self.encoder.answer_ids]
-            trees = collate_trees([PromptTree(q, answers) for q in batch], layout=self.layout)
-            with torch.no_grad():
-                log_probs = sequence_log_probs(self.model, trees.to(self.model.device))
-            # the two share their normaliser, so this is the difference of their logits
-            differences = log_probs.double()[0::2] - log_probs.double()[1::2]
-            logits.update(zip(batch, differences.tolist(), strict=True))
-        p = probability_of_beating(np.array([logits[question] for question in questions]))
+        p = probability_of_beating(read_once(self.read, questions))
         return p[: len(forth)], p[len(forth) :]
+
+
+class PreferenceModel(ComparisonJudge):
+    """A preference model under transformers; comparisons share what they begin with on a tree.
+
+    Args:
+        model: A causal LM, on the device where it is to run.
+        tokenizer: Its tokenizer, with the chat template it was trained with.
+        batch_tokens: Tokens a forward pass takes at most (one comparison may exceed it).
+        tree_size: Comparisons that share a tree at most.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int = 8192,
+        tree_size: int = 16,
+    ) -> None:
+        super().__init__(tokenizer)
+        enable_trees(model)
+        self.model = model.eval()
+        self.batch_tokens, self.tree_size = batch_tokens, tree_size
+        self.layout: Layout = "tree" if supports_tree_attention(model) else "separate"
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, dtype: str = "auto", device: str | torch.device | None = None
+    ) -> PreferenceModel:
+        """Loads a preference model, which is an ordinary causal LM with its tokenizer.
+
+        Args:
+            path: A local folder or a Hub id.
+            dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
+            device: Where to run; a GPU when there is one.
+
+        Raises:
+            PrefoptError: Nothing can be loaded from ``path``, it is a scalar reward model, or its
+                tokenizer cannot pose the question.
+        """
+        tokenizer = load_tokenizer(path)
+        model = load_policy(path, dtype=dtype)
+        check_causal(path, model.config)  # a reward model is loaded all the same, with a new head
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(device), tokenizer)
+
+    def read(self, sequences: Sequence[Ids]) -> list[float]:
+        """The logit of "A" minus that of "B" after each of some distinct, sorted sequences."""
+
+        def differences(trees: TreeBatch) -> Tensor:
+            log_probs = next_token_log_probs(self.model, trees, self.encoder.answer_ids).double()
+            # the two share their normaliser, so this is the difference of their logits
+            return log_probs[:, 0] - log_probs[:, 1]
+
+        return read_last(
+            self.model,
+            sequences,
+            differences,
+            layout=self.layout,
+            batch_tokens=self.batch_tokens,
+            tree_size=self.tree_size,
+        )
+
+
+def check_causal(path: str, config: PreTrainedConfig) -> None:
+    """Checks that a preference model was saved as a causal LM.
+
+    Raises:
+        PrefoptError: It is a scalar reward model.
+    """
+    saved_as = ", ".join(config.architectures or ())
+    if "SequenceClassification" in saved_as:
+        raise PrefoptError(
+            f"model path {path!r}: found {saved_as}, expected a causal LM trained with "
+            "algorithm preference_model; a scalar reward model has judge kind reward_model"
+        )
 
 
 def position_average(forth: np.ndarray, back: np.ndarray) -> np.ndarray:

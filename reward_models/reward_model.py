@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.rows import Prompt
-from prefopt.data.template import encode_completion, encode_prompt, without_special_tokens
-from prefopt.data.tree import Layout, PromptTree, collate_trees
+from prefopt.data.template import encode_answered, without_special_tokens
+from prefopt.data.tree import Layout
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.load import load_reward_model, load_tokenizer
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+from prefopt.reward_models.reading import Ids, read_last, read_once
 
 
-class RewardModel:
+class ScoreJudge:
     """Answers both questions of a judge from one score: P(a beats b) = sigmoid(s(a) - s(b)).
 
-    Equal prompts share their tokens on a tree. Scores of one call are computed once per distinct
-    (prompt, completion) and in an order of their own, so the order of the arguments cannot matter,
-    and ``prefer(p, a, b) + prefer(p, b, a)`` is exactly 1.
+    Scores of one call are read once per distinct (prompt, completion) and in an order of their own,
+    so the order of the arguments cannot matter, and ``prefer(p, a, b) + prefer(p, b, a)`` is
+    exactly 1. A subclass says how they are read.
+
+    Args:
+        tokenizer: The tokenizer, with the chat template the judge was trained with.
+    """
+
+    compares_only = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def read(self, sequences: Sequence[Ids]) -> list[float]:
+        """The score at the last token of each of some distinct, sorted sequences."""
+        raise NotImplementedError
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """The model's score of each answer, read at its EOS, float64 [n], without unit.
+
+        Raises:
+            PrefoptError: A prompt and its answer are longer than the model can read.
+        """
+        answers = without_special_tokens(self.tokenizer, completions)
+        encoded = encode_answered(self.tokenizer, prompts, answers)
+        return read_once(self.read, [tuple(ids) for ids in encoded])
+
+    def prefer(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+        """P(a beats b) = sigmoid(score(a) - score(b)), float64 [n]."""
+        scores = self.score([*prompts, *prompts], [*a, *b])
+        return probability_of_beating(scores[: len(prompts)] - scores[len(prompts) :])
+
+
+class RewardModel(ScoreJudge):
+    """A reward model under transformers; answers to one prompt share its tokens on a tree.
 
     Args:
         model: A sequence classifier with one label, on the device where it is to run.
         tokenizer: Its tokenizer, with the chat template it was trained with.
-        batch_tokens: Tokens a forward pass takes at most (one tree may exceed it).
-        tree_size: Completions of one prompt that share a tree at most.
+        batch_tokens: Tokens a forward pass takes at most (one answer with its prompt may exceed
+            it).
+        tree_size: Answers that share a tree at most.
     """
-
-    compares_only = False
 
     def __init__(
         self,
@@ -45,8 +72,9 @@ class RewardModel:
         batch_tokens: int = 8192,
         tree_size: int = 16,
     ) -> None:
+        super().__init__(tokenizer)
         enable_trees(model)
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model = model.eval()
         self.batch_tokens, self.tree_size = batch_tokens, tree_size
         self.layout: Layout = "tree" if supports_tree_attention(model) else "separate"
 
@@ -69,94 +97,16 @@ class RewardModel:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device), tokenizer)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """The model's score of each answer, read at its EOS, float64 [n], without unit.
-
-        Raises:
-            PrefoptError: A prompt and its answer are longer than the model's table of positions.
-        """
-        encoded = [
-            self._encode(prompt, completion)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        check_context(self.model, (len(prompt) + len(answer) for prompt, answer in encoded))
-        scores: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
-        for batch in self._batches(sorted(set(encoded))):
-            trees = collate_trees(batch, layout=self.layout).to(self.model.device)
-            with torch.no_grad():
-                values = self.model(trees=trees)["scores"].tolist()
-            keys = [
-                (tuple(tree.prompt), tuple(answer)) for tree in batch for answer in tree.completions
-            ]
-            scores.update(zip(keys, values, strict=True))
-        return np.array([scores[key] for key in encoded])
-
-    def prefer(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
-        """P(a beats b) = sigmoid(score(a) - score(b)), float64 [n]."""
-        scores = self.score([*prompts, *prompts], [*a, *b])
-        return probability_of_beating(scores[: len(prompts)] - scores[len(prompts) :])
-
-    def _encode(self, prompt: Prompt, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        text = without_special_tokens(self.tokenizer, completion)
-        answer = encode_completion(self.tokenizer, prompt, text, finished=True)
-        return tuple(encode_prompt(self.tokenizer, prompt)), tuple(answer)
-
-    def _batches(
-        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-    ) -> list[list[PromptTree]]:
-        """Trees of equal prompts, longest first, in batches within the token budget."""
-        groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for prompt, answer in pairs:
-            groups.setdefault(prompt, []).append(answer)
-        trees = [
-            PromptTree(prompt, answers[i : i + self.tree_size])
-            for prompt, answers in groups.items()
-            for i in range(0, len(answers), self.tree_size)
-        ]
-        return within_budget(trees, lambda tree: tree.num_tokens, self.batch_tokens)
-
-
-def within_budget(items: Iterable[T], size: Callable[[T], int], batch_tokens: int) -> list[list[T]]:
-    """Items, longest first, in batches of at most so many tokens; a longer one stands alone.
-
-    Args:
-        items: What is to be judged, in an order that decides between equal sizes.
-        size: Tokens of an item.
-        batch_tokens: The budget of a batch.
-    """
-    batches: list[list[T]] = []
-    used = batch_tokens
-    for item in sorted(items, key=lambda x: -size(x)):
-        if used + size(item) > batch_tokens:
-            batches.append([])
-            used = 0
-        batches[-1].append(item)
-        used += size(item)
-    return batches
-
-
-def check_context(model: PreTrainedModel, lengths: Iterable[int]) -> None:
-    """Looks for texts that are longer than a judge was made for.
-
-    Rotary positions go on beyond that length, so such a model answers, and a warning says that it
-    may be wrong; a model with a table of positions cannot.
-
-    Args:
-        model: The judge's model.
-        lengths: Tokens of each text.
-
-    Raises:
-        PrefoptError: One is too long for a table of positions.
-    """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 0
-    longest = max(lengths, default=0)
-    if longest <= limit or limit <= 0:
-        return
-    problem = f"the judge reads {longest} tokens, but was made for {limit} at once"
-    if not getattr(config, "rope_parameters", None):
-        raise PrefoptError(f"{problem}; use shorter prompts and answers, or another judge")
-    logger.warning("%s: its answer may be wrong", problem)
+    def read(self, sequences: Sequence[Ids]) -> list[float]:
+        """The score at the last token of each of some distinct, sorted sequences."""
+        return read_last(
+            self.model,
+            sequences,
+            lambda trees: self.model(trees=trees)["scores"],
+            layout=self.layout,
+            batch_tokens=self.batch_tokens,
+            tree_size=self.tree_size,
+        )
 
 
 def probability_of_beating(difference: np.ndarray) -> np.ndarray:

@@ -72,3 +72,14 @@ def test_group_log_probs_agree(run: Any) -> None:
     for r in result["runs"]:
         assert_timed(r, {"tree", "rows", "transformers"}, {"rows", "transformers"})
         assert all(difference < 1e-4 for difference in r["relative_difference"].values())
+
+
+def test_judges_say_the_same(run: Any) -> None:
+    result = run("judges")
+    modes = ["tournament", "all pairs", "one pair", "scores"]
+    assert [r["mode"] for r in result["runs"]] == modes
+    for r in result["runs"]:
+        peers = {"transformers"} if r["mode"] == "scores" else {"alone", "transformers"}
+        assert_timed(r, {"tree"} | peers, peers)
+        assert r["difference"].keys() == peers
+        assert all(difference < 1e-5 for difference in r["difference"].values())

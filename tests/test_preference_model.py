@@ -41,7 +41,7 @@ from prefopt.reward_models.preference_trainer import (
     comparison_dataset,
     tokenize_comparisons,
 )
-from prefopt.reward_models.reward_model import within_budget
+from prefopt.reward_models.reading import within_budget
 from prefopt.trainers.base import TreeDataset, last_complete_checkpoint
 from prefopt.world.tokenizer import world_tokenizer, world_words
 
@@ -250,11 +250,33 @@ def test_each_comparison_is_read_once(judge: PreferenceModel, monkeypatch) -> No
     monkeypatch.setattr(
         judge.model,
         "forward",
-        lambda *args, trees, **kw: read.append(trees.num_trees) or forward(trees=trees),
+        lambda *args, trees, **kw: read.append(trees.num_completions) or forward(trees=trees),
     )
     a, b = ["moo", "woof", "moo", "moo"], ["woof", "moo", "woof", "moo"]
     judge.prefer([PROMPT] * 4, a, b)
     assert sum(read) == 3  # (moo, woof), (woof, moo), (moo, moo)
+
+
+def test_comparisons_of_one_prompt_share_its_context(judge: PreferenceModel, monkeypatch) -> None:
+    read: list[tuple[int, int]] = []
+    forward = judge.model.forward
+    monkeypatch.setattr(
+        judge.model,
+        "forward",
+        lambda *args, trees, **kw: (
+            read.append((trees.num_trees, trees.input_ids.numel())) or forward(trees=trees)
+        ),
+    )
+    prompt = [{"role": "user", "content": "how do cow dog sound ? " * 8}]
+    a, b = ["moo .", "woof"], ["baa", "quack ."]
+    judge.prefer([prompt] * 2, a, b)
+    matches = [(prompt, x, y) for x, y in zip(a + b, b + a, strict=True)]
+    questions = judge.encoder.encode(matches)
+    context = next(
+        i for i, column in enumerate(zip(*questions, strict=False)) if len({*column}) > 1
+    )
+    assert context > 40
+    assert read == [(1, context + sum(len(question) - context for question in questions))]
 
 
 def test_long_comparisons_come_first() -> None:

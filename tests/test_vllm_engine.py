@@ -25,9 +25,10 @@ from prefopt.models.forward import enable_trees
 from prefopt.models.gathered import gathered_weights
 from prefopt.models.load import load_policy, load_reward_model, load_tokenizer
 from prefopt.models.logprobs import sequence_log_probs
-from prefopt.rollout import Completion, SamplingSettings, vllm_engine
+from prefopt.rollout import Completion, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rollout.vllm_engine import VLLMEngine
+from prefopt.rollout.vllm_process import cannot_run
 from prefopt.rounds.store import Sample, read_rollouts
 from prefopt.train import read_recipe, train
 from prefopt.world import build_world
@@ -35,7 +36,7 @@ from prefopt.world.tokenizer import world_tokenizer
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(vllm_engine.cannot_run() is not None, reason=str(vllm_engine.cannot_run())),
+    pytest.mark.skipif(cannot_run() is not None, reason=str(cannot_run())),
 ]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

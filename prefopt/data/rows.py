@@ -6,10 +6,11 @@ template; a plain string is continued as it is and never templated.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +33,18 @@ _FOLLOWERS = {
 # Parts of a message that a template would render, so dropping them would change the text.
 _UNSUPPORTED = ("tool_calls", "reasoning_content", "thinking")
 _TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
+
+
+def group_by_prompt(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The positions of equal prompts, in order of their first appearance.
+
+    >>> group_by_prompt(["moo", "woof", "moo"])
+    [[0, 2], [1]]
+    """
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
+    return [*groups.values()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from prefopt.data.rows import Completion, Message, Prompt
+from prefopt.data.rows import Completion, Message, Prompt, group_by_prompt
 from prefopt.errors import PrefoptError
 
 if TYPE_CHECKING:
@@ -84,13 +84,36 @@ def encode_completion(
     """
     rendered = render(tokenizer, prompt, [completion], finished=finished)
     [(_, [ids])] = encode(tokenizer, [rendered])
-    inside = find_stop(ids, stop_token_ids(tokenizer), finished=finished)
-    if inside is not None:
-        raise PrefoptError(
-            f"the answer holds the stop token {tokenizer.convert_ids_to_tokens(ids[inside])!r} "
-            f"before its end (token {inside + 1} of {len(ids)}); remove it from the text"
-        )
+    _check_stop(tokenizer, ids, stop_token_ids(tokenizer), finished=finished)
     return ids
+
+
+def encode_answered(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of prompts, each with its finished answer; equal prompts are encoded once.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        prompts: [n].
+        completions: An answer to each, [n].
+
+    Raises:
+        PrefoptError: As `encode_prompt` and `encode_completion`.
+    """
+    groups = group_by_prompt(prompts)
+    rendered = [
+        render(tokenizer, prompts[members[0]], [completions[i] for i in members])
+        for members in groups
+    ]
+    stop_ids = stop_token_ids(tokenizer)
+    sequences: list[list[int]] = [[] for _ in completions]
+    for members, (prompt_ids, answers) in zip(groups, encode(tokenizer, rendered), strict=True):
+        check_one_bos(tokenizer, prompt_ids)
+        for i, ids in zip(members, answers, strict=True):
+            _check_stop(tokenizer, ids, stop_ids, finished=True)
+            sequences[i] = prompt_ids + ids
+    return sequences
 
 
 def find_stop(
@@ -99,6 +122,22 @@ def find_stop(
     """Position of the first stop token that does not end a finished answer, or None."""
     body = ids[:-1] if finished else ids
     return next((i for i, token in enumerate(body) if token in stop_ids), None)
+
+
+def _check_stop(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    stop_ids: Collection[int],
+    *,
+    finished: bool,
+) -> None:
+    """Raises PrefoptError if an answer holds a stop token before its end."""
+    inside = find_stop(ids, stop_ids, finished=finished)
+    if inside is not None:
+        raise PrefoptError(
+            f"the answer holds the stop token {tokenizer.convert_ids_to_tokens(ids[inside])!r} "
+            f"before its end (token {inside + 1} of {len(ids)}); remove it from the text"
+        )
 
 
 def check_one_bos(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
@@ -163,7 +202,7 @@ def encode(
         For each prompt its ids and those of its answers.
     """
     texts = [item.prompt + answer for item in rendered for answer in ("", *item.answers)]
-    all_ids = iter(_ids(tokenizer, texts))
+    all_ids = iter(_ids(tokenizer, texts) if texts else [])
     opening = _opening_ids(tokenizer) if any(item.plain for item in rendered) else []
     encoded = []
     for item in rendered:
@@ -201,25 +240,28 @@ def stop_token_ids(
     return sorted(found - {None})
 
 
-def without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text with the spellings of special and stop tokens taken out.
+def without_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """Texts with the spellings of special and stop tokens taken out.
 
     A policy can spell them in plain characters; a judge that tokenised them as what they spell
     would read a turn that ends early.
 
     Args:
         tokenizer: The judge's tokenizer.
-        text: Any text.
+        texts: Any texts.
     """
     added = tokenizer.added_tokens_decoder.values()
-    spellings = {token.content for token in added if token.special} | {
-        *tokenizer.all_special_tokens
-    }
-    spellings |= {*tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))}
+    found = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    found |= {*tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))}
+    spellings = sorted(found - {""}, key=lambda s: (-len(s), s))
+    return [_without(spellings, text) for text in texts]
+
+
+def _without(spellings: Sequence[str], text: str) -> str:
     before = None
     while text != before:  # what is taken out may have stood inside another
         before = text
-        for spelling in sorted(spellings - {""}, key=lambda s: (-len(s), s)):
+        for spelling in spellings:
             text = text.replace(spelling, "")
     return text
 

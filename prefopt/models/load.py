@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from httpx import HTTPError
-from huggingface_hub import model_info
+from huggingface_hub import model_info, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,6 +64,30 @@ def load_tokenizer(
                 "expected a Jinja file"
             ) from error
     return tokenizer
+
+
+def checkpoint_folder(path: str) -> Path:
+    """The local folder of a checkpoint; one on the Hub is downloaded.
+
+    Args:
+        path: A local folder or a Hub id.
+
+    Raises:
+        PrefoptError: There is nothing at ``path``.
+    """
+    return Path(path if Path(path).is_dir() else _load(snapshot_download, path, "checkpoint"))
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """Loads a model's config.
+
+    Args:
+        path: A local folder or a Hub id.
+
+    Raises:
+        PrefoptError: Nothing can be loaded from ``path``.
+    """
+    return _load(AutoConfig.from_pretrained, path, "config")
 
 
 def load_policy(
@@ -167,7 +193,7 @@ def _dtype(name: str) -> Any:
 
 def _load(load: Callable[..., T], path: str, what: str, **kwargs: Any) -> T:
     local = {"local_files_only": not _on_hub(path)}
-    if load is not AutoTokenizer.from_pretrained:
+    if load not in (AutoTokenizer.from_pretrained, AutoConfig.from_pretrained, snapshot_download):
         kwargs["adapter_kwargs"] = local  # the search for an adapter does not inherit the setting
     try:
         return load(path, **local, **kwargs)

@@ -7,8 +7,8 @@ reduced to one number a token, and made again in the backward pass.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -198,3 +198,24 @@ def sequence_log_probs(model: nn.Module, batch: TreeBatch, temperature: float = 
         float32 sums in nats, [completions].
     """
     return batch.sum_per_completion(token_log_probs_of(model, batch, temperature))
+
+
+def next_token_log_probs(model: nn.Module, batch: TreeBatch, candidates: Sequence[int]) -> Tensor:
+    """Log-probs of some tokens as the one that follows each completion.
+
+    Args:
+        model: A causal LM after :func:`prefopt.models.forward.enable_trees`, wrapped or not.
+        batch: The trees.
+        candidates: Token ids.
+
+    Returns:
+        float32 log-probs in nats, [completions, candidates].
+    """
+    count = len(candidates)
+    targets = torch.tensor([*candidates], device=batch.last.device)
+    asked = replace(
+        batch,
+        predict_from=batch.last.repeat_interleave(count),
+        targets=targets.repeat(batch.num_completions),
+    )
+    return token_log_probs_of(model, asked).view(-1, count)

@@ -8,19 +8,12 @@ the device to training.
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import itertools
-import os
-import sys
 import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from prefopt.errors import PrefoptError
@@ -33,13 +26,12 @@ from prefopt.rollout.engine import (
     sample_key,
     settings_of_each,
 )
+from prefopt.rollout.vllm_process import start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TEMPERATURES = (0.01, 2.0)  # vLLM raises what is below and refuses what is above
-CPU_CACHE = 2**28  # bytes of keys and values, unless VLLM_CPU_KVCACHE_SPACE says more (in GiB)
-INSTALL = "pip install 'prefopt[vllm]', or see docs/vllm.md for machines without a GPU"
 
 
 class VLLMEngine:
@@ -192,46 +184,6 @@ class VLLMEngine:
         return make_completion(output.token_ids, self.stop_token_ids, self.tokenizer, log_probs)
 
 
-def cannot_run() -> str | None:
-    """Why vLLM cannot run here; None if it can."""
-    if importlib.util.find_spec("vllm") is None:
-        return f"vLLM is not installed ({INSTALL})"
-    vllm_environment()
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and torch.cuda.is_available():
-        return "the installed vLLM is a build for CPUs, but there is a GPU; install vllm instead"
-    if not current_platform.is_cpu() and not torch.cuda.is_available():
-        return "the installed vLLM is a build for GPUs, but there is none; see docs/vllm.md"
-    return None
-
-
-def architectures() -> set[str]:
-    """The models that vLLM knows, by the name of their class in transformers."""
-    from vllm import ModelRegistry
-
-    return set(ModelRegistry.get_supported_archs())
-
-
-def vllm_environment() -> None:
-    """Settings that vLLM reads from the environment, where the user has not said otherwise.
-
-    To be called before anything of vLLM is imported: the engine runs in this process, where weights
-    can be handed over as they are.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    defaults = {"VLLM_LOGGING_LEVEL": "ERROR"}
-    if not torch.cuda.is_available():
-        defaults |= {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # training keeps its threads where they are
-            "TORCHDYNAMO_DISABLE": "1",  # what it compiles takes longer than it saves on a CPU
-        }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if "torch._dynamo" in sys.modules:  # which has read the environment already
-        torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-
-
 def parameters(
     prompt: Sequence[int], settings: SamplingSettings, sample: int, stop_token_ids: Sequence[int]
 ) -> Any:
@@ -278,50 +230,3 @@ def check_temperature(temperature: float) -> None:
 def whole_distribution(settings: SamplingSettings) -> bool:
     """Whether nothing is cut off, so that vLLM's log-prob of a token is that of its softmax."""
     return settings.temperature == 0 or (settings.top_p == 1 and settings.top_k == 0)
-
-
-def start(model: str, **options: Any) -> Any:
-    """A vLLM engine in this process that leaves the process's own things alone.
-
-    Args:
-        model: A folder with a configuration, and with weights unless ``load_format`` is dummy.
-        **options: What else ``vllm.LLM`` takes.
-
-    Raises:
-        PrefoptError: vLLM cannot run here, or cannot run this model.
-    """
-    if problem := cannot_run():
-        raise PrefoptError(f"vllm: {problem}")
-    from vllm import LLM
-
-    if not torch.cuda.is_available():
-        options = {"enforce_eager": True, **options}
-        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            options |= {"kv_cache_memory_bytes": CPU_CACHE}
-    if PartialState().num_processes > 1:  # they are there already: each takes the rank it has
-        options["distributed_executor_backend"] = "external_launcher"
-    try:
-        with _threads_kept():
-            llm = LLM(model=model, enable_prefix_caching=True, disable_log_stats=True, **options)
-    except (ValueError, RuntimeError, AssertionError) as error:  # how it refuses models
-        raise PrefoptError(
-            f"vllm: no engine could be built ({error}); use the engine transformers for this "
-            "model, or give it another share of memory (gpu_memory)"
-        ) from error
-    # vLLM's own way to end would take all process groups along, those of training too
-    llm.llm_engine.engine_core._finalizer.detach()
-    core = llm.llm_engine.engine_core.engine_core
-    weakref.finalize(llm, core.model_executor.shutdown).atexit = False
-    gc.unfreeze()  # vLLM hides all there is from the collector, its own memory too
-    return llm
-
-
-@contextmanager
-def _threads_kept() -> Iterator[None]:
-    """vLLM takes all threads but one from torch, and on a CPU the means to ask for them back."""
-    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)

@@ -169,7 +169,10 @@ class CriticTrainer(SampleRoundTrainer):
 
 def _judge_model(judge: Judge | None, tokenizer: Any) -> PreTrainedModel | None:
     """The judge's model, if it scores and reads the policy's tokens."""
-    model, own = getattr(judge, "model", None), getattr(judge, "tokenizer", None)
-    if not isinstance(model, PreTrainedModel) or getattr(judge, "compares_only", False):
+    own = getattr(judge, "tokenizer", None)
+    compares = getattr(judge, "compares_only", False)
+    if compares or own is None or not reads_same_tokens(tokenizer, own):
         return None
-    return model if own is not None and reads_same_tokens(tokenizer, own) else None
+    load = getattr(judge, "load_model", None)  # a judge that is served has no torch module at hand
+    model = load() if load else getattr(judge, "model", None)
+    return model if isinstance(model, PreTrainedModel) else None

@@ -432,13 +432,12 @@ class RoundTrainer(TreeTrainer):
     def _facts(self, peft_config: Any) -> dict[str, Any]:
         """What the rounds on disk depend on; those of a run that differs are not this run's."""
         judge = self.judge
-        model = getattr(judge, "model", None)  # a rule has none
         rule = getattr(getattr(judge, "function", None), "__qualname__", None)
         return {
             "weights": self.fingerprint,
             "adapter": None if peft_config is None else adapter_facts(peft_config),
             "judge": judge and " ".join(filter(None, (type(judge).__name__, rule))),
-            "judge's weights": shared_fingerprint(model) if isinstance(model, nn.Module) else None,
+            "judge's weights": _judge_fingerprint(judge),
             "prompts": self.prompts.fingerprint,
             "sampling": [asdict(part) for part in self.sampling],
             "engine": type(self.engine).__name__,
@@ -470,6 +469,14 @@ class _AfterSteps(TrainerCallback):
         over = current is not None and state.global_step == current.end
         if over and args.save_strategy == "epoch" and state.global_step < state.max_steps:
             control.should_save = True  # after the last step transformers saves by itself
+
+
+def _judge_fingerprint(judge: Judge | None) -> str | None:
+    """A hash of the judge's weights, or of the files they are served from; a rule has neither."""
+    model = getattr(judge, "model", None)
+    if isinstance(model, nn.Module):
+        return shared_fingerprint(model)
+    return getattr(judge, "fingerprint", None)
 
 
 def check_judge(name: str, asks: Sequence[str], judge: object) -> None:

@@ -159,7 +159,7 @@ def test_what_vllm_cannot_serve_is_named(folders, tmp_path: Path) -> None:
     config |= {"architectures": ["BloomForSequenceClassification"], "model_type": "bloom"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     world_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(PrefoptError, match="vLLM cannot serve .*; use the engine transformers"):
+    with pytest.raises(PrefoptError, match=r"vLLM cannot serve .*; use the engine transformers"):
         load_judge("reward_model", str(tmp_path), engine="vllm")
 
 

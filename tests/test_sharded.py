@@ -22,14 +22,15 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_rounds import PROMPTS, Graded, Stopped, equal, logged, make_trainer, tiny_policy
+from test_rounds import PROMPTS, TWO, Graded, Stopped, equal, logged, make_trainer, tiny_policy
 from test_rounds_killed import ENVIRONMENT, StopBefore
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
-from prefopt.models.gathered import gathered_weights
+from prefopt.models.gathered import gathered_weights, whole_weights
 from prefopt.models.load import load_policy, loaded_whole
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.log_probs import weights_fingerprint
@@ -189,6 +190,18 @@ def lends(trainer: RoundTrainer, folder: Path, kind: str) -> dict[str, Tensor]:
     return found
 
 
+def uneven(trainer: RoundTrainer) -> float:
+    """The norm of a gradient that is taken after the first process alone has sampled."""
+    with whole_weights(trainer.model_wrapped):
+        if PartialState().is_main_process:
+            trainer.collector.engine.generate([[5, 6, 7]], TWO)
+    trainer.model_wrapped.train()
+    sequence_log_probs(trainer.model_wrapped, BATCH).mean().backward()
+    norm = nn.utils.clip_grad_norm_(trainer.policy.parameters(), 1.0)
+    trainer.policy.zero_grad()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def jobs(folder: Path, kinds: list[str]) -> None:
     """Runs everything under some kinds of sharding; the first process writes what was found."""
     shard_on_cpu()
@@ -202,6 +215,8 @@ def jobs(folder: Path, kinds: list[str]) -> None:
             found["losses"][run] = logged(trainer, "loss")
             if kind == "ddp":
                 continue
+            if kind == "fsdp" and run == "online_dpo":
+                found["uneven"] = uneven(trainer)
             kept = trainable_weights(trainer.policy)
             found[f"{run} whole"] = whole(trainer)
             found[f"{run} untouched"] = equal(kept, trainable_weights(trainer.policy))
@@ -307,6 +322,8 @@ def alone(folder: Path) -> dict[str, Any]:
         trainer = make(folder, run, "alone")
         trainer.train()
         found["losses"][run] = logged(trainer, "loss")
+        if run == "online_dpo":
+            found["uneven"] = uneven(trainer)
         found[f"{run} whole"] = whole(trainer)
     found["lends"] = lends(trainer, folder, "alone")
     for lora in (False, True):
@@ -410,6 +427,12 @@ def test_one_process_reads_weights_that_two_have_kept(
     own, theirs = (read_weights(model, folder / by / "other") for by in ("alone", kind))
     assert own.keys() == theirs.keys()
     assert all(torch.allclose(own[name], theirs[name], rtol=0, atol=1e-4) for name in own)
+
+
+def test_processes_sample_different_numbers_of_times(
+    pytorch: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    assert pytorch["fsdp"]["uneven"] == pytest.approx(alone["uneven"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=BY_DEEPSPEED)])

@@ -7,7 +7,7 @@ must be in step; what is here needs them in step at its ends only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -71,7 +71,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         with _unsharded(policy):
             yield
     elif any(map(is_partitioned, policy.parameters())):
-        with _unpartitioned(model, policy):
+        with _unpartitioned(model, list(policy.parameters())):
             yield
     else:
         yield
@@ -81,7 +81,8 @@ def whole_tensor(weight: Tensor) -> Tensor:
     """A weight without its gradient, gathered where it is sharded; all processes call this."""
     if isinstance(weight, DTensor):
         # with FSDP2's CPU offload the shards are not where the processes can exchange them
-        return weight.detach().to(weight.device_mesh.device_type).full_tensor()
+        shard: Any = weight.detach().to(weight.device_mesh.device_type)
+        return shard.full_tensor()
     if is_partitioned(weight):
         with _gathered([weight]):
             return weight.detach().clone()
@@ -119,11 +120,11 @@ def _unsharded(policy: FSDPModule) -> Iterator[None]:
 
 
 @contextmanager
-def _unpartitioned(engine: nn.Module, policy: nn.Module) -> Iterator[None]:
+def _unpartitioned(engine: Any, parameters: Sequence[Any]) -> Iterator[None]:
     """Gathers all parameters of ZeRO-3, and takes the hooks away that would part them again."""
     offload = engine.optimizer.parameter_offload
-    with _gathered(policy.parameters()):
-        for parameter in policy.parameters():
+    with _gathered(parameters):
+        for parameter in parameters:
             parameter.ds_active_sub_modules.clear()
         offload._remove_module_hooks()
         offload.forward_hooks, offload.backward_hooks = [], []

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, weight in model.state_dict(keep_vars=True).items():
         tensor = whole_tensor(weight)
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        flat = tensor.cpu().contiguous().view(-1)
+        flat: Any = tensor.cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return digest.hexdigest()
 

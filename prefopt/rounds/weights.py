@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -138,14 +139,14 @@ def _is_sharded(parameter: Parameter) -> bool:
     return isinstance(parameter, DTensor) or is_partitioned(parameter)
 
 
-def _held(parameter: Parameter) -> Tensor:
+def _held(parameter: Any) -> Tensor:
     """What this process holds of a parameter, itself."""
     if is_partitioned(parameter):
         return parameter.ds_tensor
     return parameter.detach()
 
 
-def _set_held(parameter: Parameter, weight: Tensor) -> None:
+def _set_held(parameter: Any, weight: Tensor) -> None:
     _held(parameter).copy_(weight)
     # ZeRO-3 leaves small parameters gathered
     if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
@@ -164,7 +165,7 @@ def _set_master(parameter: Parameter, weight: Tensor) -> None:
         safe_set_full_fp32_param(parameter, weight)
 
 
-def _whole(parameter: Parameter, weight: Tensor) -> Tensor:
+def _whole(parameter: Any, weight: Tensor) -> Tensor:
     """A kept weight as it was before it was sharded."""
     if not is_partitioned(parameter):
         return whole_tensor(weight)
@@ -173,7 +174,7 @@ def _whole(parameter: Parameter, weight: Tensor) -> Tensor:
     return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def _part(parameter: Parameter, whole: Tensor) -> Tensor:
+def _part(parameter: Any, whole: Tensor) -> Tensor:
     """What this process holds of a weight that every process has read."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements

@@ -42,20 +42,12 @@ def check_rounds(trainer: Trainer, judge: object) -> None:
     Raises:
         PrefoptError: They cannot.
     """
-    name, model = type(trainer).__name__, getattr(judge, "model", None)
-    if trainer.is_fsdp_enabled:
-        plugin = trainer.accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise PrefoptError(
-                f"{name}: found FSDP version {plugin.fsdp_version}, which keeps no weight by "
-                "itself; use version 2 (fsdp_config: {version: 2}, the default of trainer.fsdp)"
-            )
-        # a judge loaded with this on is one of zeros, but in the main process
-        compare = plugin.cpu_ram_efficient_loading and isinstance(model, nn.Module)
-        if compare and len(set(gather_object([weights_fingerprint(model)]))) > 1:
-            raise PrefoptError(_LOAD_WHOLE.format(found="only in the main process"))
-    if isinstance(model, nn.Module) and any(map(is_partitioned, model.parameters())):
-        raise PrefoptError(_LOAD_WHOLE.format(found="in the parts of ZeRO-3"))
+    name, plugin = type(trainer).__name__, _fsdp(trainer)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise PrefoptError(
+            f"{name}: found FSDP version {plugin.fsdp_version}, which keeps no weight by itself; "
+            "use version 2 (fsdp_config: {version: 2}, the default of trainer.fsdp)"
+        )
     for section in ("optimizer", "scheduler"):
         if section in _deepspeed(trainer):
             raise PrefoptError(
@@ -63,12 +55,28 @@ def check_rounds(trainer: Trainer, judge: object) -> None:
                 "optimiser and schedule begin afresh in rounds; take it out and set optim, "
                 "learning_rate and lr_scheduler_type"
             )
+    model = getattr(judge, "model", None)  # a rule has none
+    if isinstance(model, nn.Module):
+        _check_whole(model, plugin)
 
 
-_LOAD_WHOLE = (
-    "judge: found its weights {found}, expected them whole in every process; load it inside "
-    "`with prefopt.models.load.loaded_whole():`"
-)
+def _check_whole(judge: nn.Module, plugin: Any) -> None:
+    """Checks that a judge was not loaded as the model that is trained is."""
+    found = ""
+    if any(map(is_partitioned, judge.parameters())):
+        found = "in the parts of ZeRO-3"
+    elif plugin is not None and plugin.cpu_ram_efficient_loading:  # others would have zeros
+        everywhere = gather_object([weights_fingerprint(judge)])
+        found = "in the main process only" if len(set(everywhere)) > 1 else ""
+    if found:
+        raise PrefoptError(
+            f"judge: found its weights {found}, expected them whole in every process; load it "
+            "inside `with prefopt.models.load.loaded_whole():`"
+        )
+
+
+def _fsdp(trainer: Trainer) -> Any:
+    return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
 
 
 def _deepspeed(trainer: Trainer) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import xxhash
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import PrefoptError
 from prefopt.models.load import (
@@ -61,7 +61,7 @@ class VllmRewardModel(ScoreJudge):
                 "`prefopt train` makes it (algorithm reward_model)"
             )
         self.llm = _engine(
-            self.folder, dtype=dtype, gpu_memory=gpu_memory, runner="pooling", convert="classify"
+            self.folder, config, dtype, gpu_memory, runner="pooling", convert="classify"
         )
         self.fingerprint = _fingerprint(self.folder)
 
@@ -100,10 +100,9 @@ class VllmPreferenceModel(ComparisonJudge):
     def __init__(self, path: str, *, dtype: str = "auto", gpu_memory: float = 0.3) -> None:
         super().__init__(load_tokenizer(path))
         self.folder = checkpoint_folder(path)
-        check_causal(path, load_config(str(self.folder)))
-        self.llm = _engine(
-            self.folder, dtype=dtype, gpu_memory=gpu_memory, skip_tokenizer_init=True
-        )
+        config = load_config(str(self.folder))
+        check_causal(path, config)
+        self.llm = _engine(self.folder, config, dtype, gpu_memory, skip_tokenizer_init=True)
         self.fingerprint = _fingerprint(self.folder)
 
     def read(self, sequences: Sequence[Ids]) -> list[float]:
@@ -148,13 +147,15 @@ def vllm_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _engine(folder: Path, *, dtype: str, gpu_memory: float, **options: Any) -> Any:
+def _engine(
+    folder: Path, config: PreTrainedConfig, dtype: str, gpu_memory: float, **options: Any
+) -> Any:
     """A vllm.LLM on token ids, with its prefix cache."""
     check_vllm()
     vllm_environment()
     from vllm import LLM
 
-    config, several = load_config(str(folder)), PartialState().num_processes > 1
+    several = PartialState().num_processes > 1
     stored = str(config.dtype or "float32").removeprefix("torch.")
     try:
         with _noise_kept():
@@ -184,7 +185,8 @@ def _engine(folder: Path, *, dtype: str, gpu_memory: float, **options: Any) -> A
 def _noise_kept() -> Iterator[None]:
     """Gives back the states of the random generators, which vLLM seeds as it starts."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         yield
     random.setstate(python)
     np.random.set_state(numpy)

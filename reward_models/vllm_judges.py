@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import PrefoptError
 from prefopt.models.load import (
@@ -55,7 +55,7 @@ class VllmRewardModel(ScoreJudge):
                 "`prefopt train` makes it (algorithm reward_model)"
             )
         self.llm = _engine(
-            self.folder, dtype=dtype, gpu_memory=gpu_memory, runner="pooling", convert="classify"
+            self.folder, config, dtype, gpu_memory, runner="pooling", convert="classify"
         )
         self.fingerprint = _fingerprint(self.folder)
 
@@ -94,10 +94,9 @@ class VllmPreferenceModel(ComparisonJudge):
     def __init__(self, path: str, *, dtype: str = "auto", gpu_memory: float = 0.3) -> None:
         super().__init__(load_tokenizer(path))
         self.folder = checkpoint_folder(path)
-        check_causal(path, load_config(str(self.folder)))
-        self.llm = _engine(
-            self.folder, dtype=dtype, gpu_memory=gpu_memory, skip_tokenizer_init=True
-        )
+        config = load_config(str(self.folder))
+        check_causal(path, config)
+        self.llm = _engine(self.folder, config, dtype, gpu_memory, skip_tokenizer_init=True)
         self.fingerprint = _fingerprint(self.folder)
 
     def read(self, sequences: Sequence[Ids]) -> list[float]:
@@ -114,9 +113,11 @@ class VllmPreferenceModel(ComparisonJudge):
         return [log_probs[a].logprob - log_probs[b].logprob for log_probs in found]
 
 
-def _engine(folder: Path, *, dtype: str, gpu_memory: float, **options: Any) -> Any:
+def _engine(
+    folder: Path, config: PreTrainedConfig, dtype: str, gpu_memory: float, **options: Any
+) -> Any:
     """A vllm.LLM on token ids, with its prefix cache."""
-    stored = str(load_config(str(folder)).dtype or "float32").removeprefix("torch.")
+    stored = str(config.dtype or "float32").removeprefix("torch.")
     return start(
         str(folder),
         dtype=stored if dtype == "auto" else dtype,  # vLLM's auto makes float32 bfloat16

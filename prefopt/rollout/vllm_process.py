@@ -124,13 +124,17 @@ def start(model: str, **options: Any) -> Any:
     return llm
 
 
+def _own_device() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
 @contextmanager
 def _process_kept() -> Iterator[None]:
     """Gives back the states of the random generators and torch's threads."""
     python, numpy = random.getstate(), np.random.get_state()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(_own_device()):
             yield
     finally:
         random.setstate(python)

@@ -221,8 +221,7 @@ def test_two_processes_give_the_losses_of_one(world: WorldPaths, tmp_path: Path)
         "trainer: {algorithm: dpo, max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1,"
         " learning_rate: 1.0e-3, train_sampling_strategy: sequential}\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, "-m", "prefopt", "train", str(recipe)]
+    command = [sys.executable, "-m", "prefopt", "train", str(recipe), "--num-processes", "2"]
     # gloo now and then aborts an interpreter that has done its work, so the status says nothing
     subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (tmp_path / "two" / "summary.json").exists()

@@ -44,7 +44,7 @@ def launch_command(
     Args:
         arguments: What ``prefopt`` is told, such as ``["train", "recipe.yaml", "--json"]``.
         config: A name that ships with prefopt, or a path.
-        num_processes: Processes; None: as many as devices for a name, what a file of one's own says.
+        num_processes: Processes; None: as many as devices for a name, what the file at a path says.
         devices: Accelerators of this machine. Without any, torchrun starts the processes on CPUs,
             where accelerate would start one only.
 

@@ -28,7 +28,12 @@ from prefopt.data.tokenize import (
 from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
-from prefopt.models.load import load_policy, load_reward_model, load_tokenizer
+from prefopt.models.load import (
+    check_quantization,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+)
 from prefopt.recipe import Recipe, SamplingPart, load_recipe
 from prefopt.reward_models import JUDGES, load_judge
 from prefopt.reward_models.preference_trainer import (
@@ -299,6 +304,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         logger.info("%s is complete", folder)
         return json.loads(summary.read_text())
     check_judge(recipe)  # before data are read and models are loaded
+    check_quantization(recipe.model.quantization)
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer, args)
     prompts_of_rounds(args, rows)
@@ -412,7 +418,7 @@ def make_trainer(
             more["judge"] = load_judge(recipe.judge.kind, recipe.judge.path, device=args.device)
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
-    model = _load_model(recipe, tokenizer)
+    model = _load_model(recipe, tokenizer, recipe.model.quantization)
     try:
         trainer = trainer_class(
             model,
@@ -446,7 +452,8 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
         if main:  # from disk, because in memory the model may be sharded
             from peft import PeftModel
 
-            base = _load_model(recipe, trainer.processing_class)
+            # never quantised: what an adapter adds would be lost in the steps of 4 or 8 bits
+            base = _load_model(recipe, trainer.processing_class, quantization=None)
             merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
@@ -458,10 +465,13 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
         partial.rename(final)
 
 
-def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization: str | None
+) -> PreTrainedModel:
     model = recipe.model
     options: dict[str, Any] = {
         "dtype": model.dtype,
+        "quantization": quantization,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
     }

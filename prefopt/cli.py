@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     quick.add_argument("--out", default="runs/quickstart", help="folder of the run")
 
     for name, run, text in (
-        ("check", _check, "Look at a recipe's data before any model is loaded."),
+        ("check", _check, "Look at a recipe's data and memory before a model is loaded."),
         ("train", _train, "Run a recipe, or go on with it."),
     ):
         added = command(name, run, text)
@@ -93,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
             help="ddp, fsdp2, zero2, zero3 or an accelerate file (docs/scaling.md)",
         )
         added.add_argument("--num-processes", type=_count, metavar="N", help="processes in all")
+        if name == "check":
+            added.add_argument("--device-memory", type=float, metavar="GIB", help="of one device")
 
     generate = command("generate", _generate, "Sample a model's answers to a file of prompts.")
     generate.add_argument("model", help="a local folder or a Hub id")
@@ -156,7 +158,13 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     quiet_libraries()
     from prefopt.check import check, print_check
 
-    result = check(arguments.recipe, arguments.overrides)
+    result = check(
+        arguments.recipe,
+        arguments.overrides,
+        accelerate=arguments.accelerate,
+        processes=arguments.num_processes,
+        device_memory=arguments.device_memory,
+    )
     if not arguments.json:
         print_check(result)
     return result

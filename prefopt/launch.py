@@ -6,6 +6,9 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from yaml import YAMLError
 
 import prefopt.recipes
 from prefopt.errors import PrefoptError
@@ -34,6 +37,31 @@ def shipped_configs() -> dict[str, Path]:
     """Path by name, sorted."""
     folder = Path(prefopt.recipes.__path__[0]) / "accelerate"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def strategy_of(path: Path) -> tuple[str, bool]:
+    """How an accelerate configuration spreads a run, and whether it computes in bfloat16.
+
+    Returns:
+        ``ddp``, ``fsdp2``, ``zero2`` or ``zero3``; and whether mixed_precision is bf16.
+
+    Raises:
+        PrefoptError: It cannot be read, or says something else.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        config: Any = load_config_from_file(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
+        raise PrefoptError(f"{path}: no accelerate configuration ({error})") from error
+    kind = config.distributed_type.value
+    if kind == "DEEPSPEED":
+        kind = f"ZERO-{config.deepspeed_config.get('zero_stage')}"
+    strategies = {"NO": "ddp", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "ZERO-2": "zero2"}
+    strategies["ZERO-3"] = "zero3"
+    if kind not in strategies:
+        raise PrefoptError(f"{path}: found {kind}, expected one of {', '.join(strategies)}")
+    return strategies[kind], config.mixed_precision == "bf16"
 
 
 def launch_command(

@@ -426,7 +426,7 @@ def make_trainer(
             train_dataset=datasets[0],
             eval_dataset=datasets[1],
             processing_class=tokenizer,
-            peft_config=_lora(recipe),
+            peft_config=lora_config(recipe),
             callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar(recipe.name)],
             **more,
         )
@@ -483,7 +483,8 @@ def _load_model(
     return policy
 
 
-def _lora(recipe: Recipe) -> Any:
+def lora_config(recipe: Recipe) -> Any:
+    """PEFT's configuration of the recipe's adapter, or None."""
     lora = recipe.model.lora
     if lora is None:
         return None

@@ -12,10 +12,12 @@ from httpx import HTTPError
 from huggingface_hub import model_info
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -59,6 +61,23 @@ def load_tokenizer(
                 "expected a Jinja file"
             ) from error
     return tokenizer
+
+
+def load_config(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Loads the configuration of a model, and no weights.
+
+    Args:
+        path: A local folder or a Hub id.
+        revision: A branch, tag or commit on the Hub.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        PrefoptError: Nothing can be loaded from ``path``.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return _load(AutoConfig.from_pretrained, path, "configuration", **options)
 
 
 def load_policy(
@@ -198,7 +217,7 @@ def _dtype(name: str) -> Any:
 
 def _load(load: Callable[..., T], path: str, what: str, **kwargs: Any) -> T:
     local = {"local_files_only": not _on_hub(path)}
-    if load is not AutoTokenizer.from_pretrained:
+    if load not in (AutoTokenizer.from_pretrained, AutoConfig.from_pretrained):
         kwargs["adapter_kwargs"] = local  # the search for an adapter does not inherit the setting
     try:
         return load(path, **local, **kwargs)

@@ -29,7 +29,14 @@ from training import Contestant, training_arguments
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt.data.tree import PromptTree
-from prefopt.models.memory import Spread, count, empty_model, state_bytes, step_bytes
+from prefopt.models.memory import (
+    Spread,
+    count,
+    empty_model,
+    state_bytes,
+    step_bytes,
+    with_adapter,
+)
 
 MIB = 2**20
 STEPS = 3
@@ -76,7 +83,7 @@ class Run:
 
 def estimate(run: Run) -> int:
     """What `prefopt check` would say, in bytes."""
-    model = empty_model(run.config, dtype=torch.float32, lora=run.adapter)
+    model = with_adapter(empty_model(run.config, dtype=torch.float32), run.adapter)
     state = state_bytes(count(model), Spread(), dtype=torch.float32, lora=run.lora)
     step = step_bytes(model, run.trees, checkpointing=run.checkpointing)
     return state["weights"] + state["optimiser"] + max(step, state["gradients"])

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.data.tokenize import Ragged, Tokenized
 from prefopt.data.tree import PromptTree
@@ -25,8 +26,10 @@ from prefopt.models.memory import (
     logits_bytes,
     state_bytes,
     step_bytes,
+    with_adapter,
 )
 from prefopt.recipe import Recipe
+from prefopt.trainers.base import disable_dropout
 from prefopt.trainers.nash_mp import NashMPConfig
 from prefopt.trainers.pair_rounds import PairRoundConfig
 from prefopt.trainers.ppo import PPOConfig
@@ -197,7 +200,7 @@ def _parts(
         "micro_batches": 1 if sharded else min(2, args.gradient_accumulation_steps),
     }
     state: dict[str, Any] = {"lora": lora is not None, "optim": str(args.optim)}
-    model = empty_model(config, classifier=classifier, dtype=computing, lora=lora)
+    model = _trained(empty_model(config, classifier=classifier, dtype=computing), args, lora)
     counts = count(model)
     parts = state_bytes(counts, spread, dtype=dtype, quantization=quantization, **state)
     trained = 4 if lora is not None else dtype.itemsize
@@ -205,7 +208,7 @@ def _parts(
     activations = step_bytes(model, trees, **step) - gradients
     parts["kept weights"] = kept_copies(args, recipe) * counts.trained * trained
     if isinstance(args, PPOConfig):
-        critic = empty_model(config, classifier=True, dtype=torch.float32, lora=lora)
+        critic = _trained(empty_model(config, classifier=True, dtype=torch.float32), args, lora)
         sizes = count(critic)
         own = state_bytes(sizes, Spread("ddp", spread.processes), dtype=torch.float32, **state)
         parts["critic"] = sum(own.values())
@@ -227,6 +230,13 @@ def _parts(
         "notes": notes,
     }
     return parts, facts
+
+
+def _trained(model: PreTrainedModel, args: Any, lora: Any) -> nn.Module:
+    """A model as its trainer makes it."""
+    if getattr(args, "disable_dropout", False):
+        disable_dropout(model)
+    return with_adapter(model, lora)
 
 
 def _rollout_bytes(

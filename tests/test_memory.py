@@ -32,6 +32,7 @@ from prefopt.models.memory import (
     optimiser_bytes,
     state_bytes,
     step_bytes,
+    with_adapter,
 )
 from prefopt.recipe import Recipe
 from prefopt.train import make_config
@@ -60,7 +61,7 @@ def lora() -> LoraConfig:
 
 def model(adapter: bool = False, **options: Any) -> torch.nn.Module:
     options = {"dtype": torch.float32} | options
-    return empty_model(CONFIG, lora=lora() if adapter else None, **options)
+    return with_adapter(empty_model(CONFIG, **options), lora() if adapter else None)
 
 
 def test_parameters_are_counted_as_by_hand() -> None:

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from prefopt.data.tree import Layout, PromptTree, collate_trees
 from prefopt.models.forward import enable_trees, unwrap_peft
 from prefopt.models.logprobs import CHUNK_ELEMENTS
-from prefopt.trainers.base import disable_dropout
 
 # 4 bits and, for each block of 64, a scale of 8 bits and its share of the scales' own scales
 QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
@@ -71,27 +75,34 @@ class Counts:
 
 
 def empty_model(
-    config: PreTrainedConfig, *, classifier: bool = False, dtype: torch.dtype, lora: Any = None
-) -> nn.Module:
+    config: PreTrainedConfig, *, classifier: bool = False, dtype: torch.dtype
+) -> PreTrainedModel:
     """A model on the meta device: shapes and no values.
 
     Args:
         config: Of the model.
         classifier: A sequence classifier with one label instead of a causal LM.
-        dtype: Of its weights; an adapter's are float32.
-        lora: PEFT's configuration of an adapter, or None.
+        dtype: Of its weights.
     """
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     config = copy.deepcopy(config)
     if classifier:
         config.num_labels = 1
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, dtype=dtype)
-        if lora is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, lora)
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     return model
+
+
+def with_adapter(model: PreTrainedModel, lora: Any) -> nn.Module:
+    """A model from :func:`empty_model` under an adapter in float32, if PEFT's configuration of one
+    is given.
+    """
+    if lora is None:
+        return model
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, lora)
 
 
 def count(model: nn.Module) -> Counts:
@@ -205,7 +216,6 @@ def step_bytes(
     Raises:
         RuntimeError: The model does something that depends on values.
     """
-    disable_dropout(model)
     enable_trees(model.train())
     if checkpointing:
         unwrap_peft(model).gradient_checkpointing_enable()
@@ -245,7 +255,8 @@ def _shapes_only(model: nn.Module) -> Iterator[list[Tensor]]:
     """Puts tensors that claim to be on the CPU in the place of a meta model's; yields them."""
     put: dict[Tensor, Tensor] = {}  # tied ones stay one
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in slots:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

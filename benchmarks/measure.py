@@ -163,17 +163,14 @@ def find_in(path: str, pattern: str) -> str:
     return found[1] if found else ""
 
 
-def report(
-    name: str, args: argparse.Namespace, settings: Settings, *, runs: list[dict], **parts: Any
-) -> dict[str, Any]:
-    """Writes the result file, prints a table or JSON, and returns the result."""
+def facts() -> dict[str, Any]:
+    """When, where and with what a benchmark ran."""
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     commit, changes = (
         subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()
         for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
     )
-    result = {
-        "benchmark": name,
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "cpu": f"{find_in('/proc/cpuinfo', 'model name.*: (.*)')}, {os.cpu_count()} cores",
@@ -181,6 +178,16 @@ def report(
         "versions": {p: version(p) for p in ("torch", "transformers", "trl", "accelerate")}
         | {"python": platform.python_version()},
         "commit": commit + ("+changes" if changes else ""),
+    }
+
+
+def report(
+    name: str, args: argparse.Namespace, settings: Settings, *, runs: list[dict], **parts: Any
+) -> dict[str, Any]:
+    """Writes the result file, prints a table or JSON, and returns the result."""
+    result = {
+        "benchmark": name,
+        **facts(),
         "model": settings.config.to_diff_dict() | {"head_share": _head_share(settings.config)},
         "settings": {key: value for key, value in vars(args).items() if key != "output"},
         "runs": runs,

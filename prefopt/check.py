@@ -1,20 +1,26 @@
-"""``prefopt check``: what a recipe would train on, before any model is loaded."""
+"""``prefopt check``: what a recipe would train on and need, before any model is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from prefopt.data.report import data_report
 from prefopt.errors import PrefoptError
+from prefopt.launch import accelerate_config, strategy_of
+from prefopt.memory import GIB, Machine, memory_report, size
+from prefopt.models.memory import Spread
 from prefopt.train import (
     check_judge,
     load_rows,
+    lora_config,
     make_config,
     prompts_of_rounds,
     read_recipe,
@@ -22,14 +28,29 @@ from prefopt.train import (
 )
 
 
-def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads the recipe, its tokenizer and its rows, and describes the rows.
+def check(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    accelerate: str | None = None,
+    processes: int | None = None,
+    device_memory: float | None = None,
+) -> dict[str, Any]:
+    """Reads the recipe, its tokenizer and its rows, and describes the rows and what they need.
+
+    Args:
+        recipe_path: The YAML file.
+        overrides: As for `prefopt train`.
+        accelerate: How the run is to be spread: a name or path, see `prefopt.launch`; None: DDP.
+        processes: Devices; None: 1.
+        device_memory: GiB of each; None: as much as a GPU of this machine has, if there is one.
 
     Returns:
         ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
         :func:`prefopt.data.report.data_report`; of an algorithm that samples also ``rounds``, the
         prompts of each round, ``samples``, how many are drawn for each, and ``judge``, what is
-        wrong with the judge, if anything is.
+        wrong with the judge, if anything is; and ``memory``, see
+        :func:`prefopt.memory.memory_report`.
 
     Raises:
         PrefoptError: As training on it would, but for a judge that is not there yet.
@@ -51,7 +72,25 @@ def check(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
             result["judge"] = str(error)
     if rows.evaluation is not None:
         result["evaluation"] = data_report(rows.evaluation, tokenizer)
+    machine = _machine(args, accelerate, processes, device_memory)
+    result["memory"] = memory_report(recipe, args, rows.train, lora_config(recipe), machine)
+    result["memory"]["machine"] = asdict(machine)
     return result
+
+
+def _machine(
+    args: Any, accelerate: str | None, processes: int | None, device_memory: float | None
+) -> Machine:
+    strategy, bf16 = "ddp", args.bf16
+    if accelerate is not None:
+        strategy, mixed = strategy_of(accelerate_config(accelerate))
+        bf16 = bf16 or mixed
+    memory = None if device_memory is None else round(device_memory * GIB)
+    gpu = torch.cuda.is_available()
+    if memory is None and gpu:
+        memory = torch.cuda.get_device_properties(0).total_memory
+    device = "cuda" if gpu or accelerate or device_memory else "cpu"
+    return Machine(Spread(strategy, processes or 1), bf16, device, memory)
 
 
 def print_check(result: dict[str, Any]) -> None:
@@ -66,6 +105,7 @@ def print_check(result: dict[str, Any]) -> None:
         console.print(f"{len(rounds):,} rounds of {each} prompts, {samples} samples each")
     if "judge" in result:
         console.print(f"[yellow]the judge cannot be loaded yet:[/yellow] {result['judge']}")
+    _print_memory(console, result["memory"])
     example = result["train"]["example"]
     loss = "" if "prompt" in example else " (loss on the green text)"
     console.print(f"\n[bold]example[/bold] {example['where']}{loss}")
@@ -76,6 +116,27 @@ def print_check(result: dict[str, Any]) -> None:
             )
             console.print(f"[bold]{name}[/bold]")
             console.print(text)
+
+
+def _print_memory(console: Console, memory: dict[str, Any]) -> None:
+    if "problem" in memory:
+        console.print(f"[yellow]no estimate of the memory:[/yellow] {memory['problem']}")
+        return
+    table = Table(title="memory a device")
+    table.add_column("part")
+    table.add_column("estimate", justify="right")
+    for name, count in memory["parts"].items():
+        if count:
+            table.add_row(name, size(count))
+    table.add_section()
+    table.add_row("at the peak", size(memory["total"]))
+    console.print(table)
+    for note in memory["notes"]:
+        console.print(f"[yellow]{note}[/yellow]")
+    precision = "bfloat16" if memory["machine"]["bf16"] else "float32"
+    tokens = memory["micro_batch_tokens"]
+    console.print(f"the largest micro-batch has {tokens:,} tokens; computed in {precision}")
+    console.print(memory["verdict"], soft_wrap=True)
 
 
 def _print_report(console: Console, part: str, report: dict[str, Any]) -> None:

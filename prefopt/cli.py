@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from prefopt import __version__
 from prefopt.errors import PrefoptError
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after an error that the user can mend (one line on stderr).
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     # before torch is imported: threads that spin while they wait stall each other on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -48,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json and os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, indent=2))
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads a command line, on which overrides may stand before, between and after options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse gives up a list of positional arguments at the first option
+        arguments.overrides += rest
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,12 +81,20 @@ def build_parser() -> argparse.ArgumentParser:
     quick.add_argument("--out", default="runs/quickstart", help="folder of the run")
 
     for name, run, text in (
-        ("check", _check, "Look at a recipe's data before any model is loaded."),
+        ("check", _check, "Look at a recipe's data and memory before a model is loaded."),
         ("train", _train, "Run a recipe, or go on with it."),
     ):
         added = command(name, run, text)
         added.add_argument("recipe", help="a YAML file (docs/recipes.md)")
         added.add_argument("overrides", nargs="*", metavar="section.key=value")
+        added.add_argument(
+            "--accelerate",
+            metavar="NAME",
+            help="ddp, fsdp2, zero2, zero3 or an accelerate file (docs/scaling.md)",
+        )
+        added.add_argument("--num-processes", type=_count, metavar="N", help="processes in all")
+        if name == "check":
+            added.add_argument("--device-memory", type=float, metavar="GIB", help="of one device")
 
     generate = command("generate", _generate, "Sample a model's answers to a file of prompts.")
     generate.add_argument("model", help="a local folder or a Hub id")
@@ -139,13 +158,21 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     quiet_libraries()
     from prefopt.check import check, print_check
 
-    result = check(arguments.recipe, arguments.overrides)
+    result = check(
+        arguments.recipe,
+        arguments.overrides,
+        accelerate=arguments.accelerate,
+        processes=arguments.num_processes,
+        device_memory=arguments.device_memory,
+    )
     if not arguments.json:
         print_check(result)
     return result
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.accelerate or arguments.num_processes:
+        _launch(arguments)
     quiet_libraries()
     from prefopt.train import read_recipe, train
 
@@ -154,6 +181,22 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.json and os.environ.get("RANK", "0") == "0":
         print(f"{result['steps']} steps on {result['rows']} rows; model: {recipe.run_dir}/final")
     return result
+
+
+def _launch(arguments: argparse.Namespace) -> NoReturn:
+    """Becomes the launcher of the same command; its exit status is the command's."""
+    import torch
+
+    from prefopt.launch import launch_command
+
+    words = ["train", arguments.recipe, *arguments.overrides]
+    command = launch_command(
+        [*words, "--json"] if arguments.json else words,
+        arguments.accelerate or "ddp",
+        arguments.num_processes,
+        torch.accelerator.device_count(),
+    )
+    os.execv(command[0], command)
 
 
 def _generate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -61,6 +61,16 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     chat_template: Text | None = None  # a jinja file that replaces the tokenizer's template
     lora: LoraSection | None = None
+    quantization: Literal["nf4", "int8"] | None = None  # of the weights under the adapter
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> ModelSection:
+        if self.quantization and self.lora is None:
+            raise ValueError(
+                f"found quantization {self.quantization}, whose weights cannot be trained; expected"
+                " 'model.lora' beside it, such as lora: {}"
+            )
+        return self
 
 
 class Source(Section):

@@ -29,7 +29,13 @@ from prefopt.engines import make_engine
 from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
-from prefopt.models.load import load_policy, load_reward_model, load_tokenizer, loaded_whole
+from prefopt.models.load import (
+    check_quantization,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    loaded_whole,
+)
 from prefopt.recipe import Recipe, SamplingPart, load_recipe
 from prefopt.reward_models import JUDGES, load_judge
 from prefopt.reward_models.preference_trainer import (
@@ -305,6 +311,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if in_rounds(recipe.trainer.algorithm) and recipe.rollout.engine == "vllm":
         check_installed("rollout.engine")
     check_judge(recipe)  # before data are read and models are loaded
+    check_quantization(recipe.model.quantization)
     tokenizer = recipe_tokenizer(recipe)
     rows = load_rows(recipe, tokenizer, args)
     prompts_of_rounds(args, rows)
@@ -420,7 +427,7 @@ def make_trainer(
             more["judge"] = judge
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
-    model = _load_model(recipe, tokenizer)
+    model = _load_model(recipe, tokenizer, recipe.model.quantization)
     if isinstance(args, RoundConfig) and more["sampling"]:
         more["engine"] = make_engine(
             recipe, args, model, tokenizer, rows.train.prompt_ids, more["sampling"]
@@ -432,7 +439,7 @@ def make_trainer(
             train_dataset=datasets[0],
             eval_dataset=datasets[1],
             processing_class=tokenizer,
-            peft_config=_lora(recipe),
+            peft_config=lora_config(recipe),
             callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar(recipe.name)],
             **more,
         )
@@ -456,7 +463,8 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
             from peft import PeftModel
 
             with loaded_whole():
-                base = _load_model(recipe, trainer.processing_class)
+                # never quantised: what an adapter adds would be lost in the steps of 4 or 8 bits
+                base = _load_model(recipe, trainer.processing_class, quantization=None)
             merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
@@ -468,10 +476,13 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
         partial.rename(final)
 
 
-def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization: str | None
+) -> PreTrainedModel:
     model = recipe.model
     options: dict[str, Any] = {
         "dtype": model.dtype,
+        "quantization": quantization,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
     }
@@ -483,7 +494,8 @@ def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     return policy
 
 
-def _lora(recipe: Recipe) -> Any:
+def lora_config(recipe: Recipe) -> Any:
+    """PEFT's configuration of the recipe's adapter, or None."""
     lora = recipe.model.lora
     if lora is None:
         return None

@@ -48,6 +48,14 @@ def make_tokenizer(tokens: list[str], **special: str) -> PreTrainedTokenizerFast
     )
 
 
+def test_no_critic_is_made_from_quantised_weights(tiny_llama: TinyLlama) -> None:
+    policy = tiny_llama()
+    policy.is_quantized = True  # as transformers marks it
+    with pytest.raises(PrefoptError, match=r"model\.quantization: .* reward model"):
+        make_critic(policy)
+    assert make_critic(policy, make_reward_model(tiny_llama()))
+
+
 @pytest.mark.parametrize("layout", ["tree", "separate"])
 def test_a_value_is_the_score_of_the_text_before_its_token(
     layout, tiny_llama: TinyLlama, random_trees

@@ -81,6 +81,14 @@ def test_empty_lora_is_an_adapter_with_defaults(recipe_file: Path) -> None:
     assert lora.target_modules == ["q_proj", "v_proj"]
 
 
+def test_quantised_weights_need_an_adapter(recipe_file: Path) -> None:
+    model = load_recipe(recipe_file, ["model.quantization=nf4", "model.lora={}"]).model
+    assert model.quantization == "nf4"
+    assert "expected 'model.lora' beside it" in message(recipe_file, "model.quantization=nf4")
+    refused = message(recipe_file, "model.quantization=nf5", "model.lora={}")
+    assert "'model.quantization': expected 'nf4' or 'int8', found 'nf5'" in refused
+
+
 def test_sources_keep_order_and_weights(recipe_file: Path) -> None:
     recipe = load_recipe(
         recipe_file, ["data.path=null", "data.sources=[{path: b, weight: 2}, {path: a}]"]

@@ -9,15 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from prefopt.data.template import encode_completion, encode_prompt
 from prefopt.errors import PrefoptError
+from prefopt.models.load import load_policy
 from prefopt.reward_models import RewardModel
 from prefopt.train import read_recipe, train
 from prefopt.world import WorldPaths, build_world
@@ -108,6 +115,65 @@ def test_lora_leaves_a_plain_model_and_its_adapter(world: WorldPaths, tmp_path: 
     assert merged.state_dict().keys() == base.state_dict().keys()
     query = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(merged.state_dict()[query], base.state_dict()[query])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["model.lora={r: 4}", "trainer.learning_rate=0.01"],
+        ["model.lora={r: 4}", "trainer.learning_rate=0.01", "trainer.bf16=true",
+         "model.dtype=bfloat16"],
+    ],
+    ids=["all weights", "LoRA", "LoRA, bfloat16"],
+)  # fmt: skip
+def test_gradient_checkpointing_changes_no_loss(
+    options: list[str], world: WorldPaths, tmp_path: Path
+) -> None:
+    losses, norms = {}, {}
+    for on in ("false", "true"):
+        run = tmp_path / on
+        short = ["trainer.max_steps=3", "trainer.logging_steps=1", "trainer.warmup_steps=0"]
+        stage("dpo", world, run, *options, *short, f"trainer.gradient_checkpointing={on}")
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        losses[on], norms[on] = ([row[key] for row in rows] for key in ("loss", "grad_norm"))
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-6)
+    assert norms["true"] == pytest.approx(norms["false"], rel=1e-6)
+    assert min(norms["true"]) > 0
+    assert losses["true"][-1] != pytest.approx(losses["true"][0], abs=1e-3)  # something is learnt
+
+
+def test_an_adapter_on_quantised_weights_is_merged_into_whole_ones(
+    world: WorldPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def load_whole(path: str, *, quantization: str | None, **options: Any) -> PreTrainedModel:
+        asked.append(quantization)
+        return load_policy(path, **options)
+
+    monkeypatch.setattr("prefopt.train.check_quantization", lambda name: None)
+    monkeypatch.setattr("prefopt.train.load_policy", load_whole)
+    stage("dpo", world, tmp_path, "model.lora={r: 4}", "model.quantization=nf4")
+    assert asked == ["nf4", None]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [(False, "without a CUDA device"), (True, r"pip install 'prefopt\[qlora\]'")],
+)
+def test_quantisation_says_what_it_needs(
+    gpu: bool, words: str, world: WorldPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefopt.models.load.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    with pytest.raises(PrefoptError, match=words):
+        load_policy(str(world.base), quantization="nf4")
+    if not gpu:
+        with pytest.raises(PrefoptError, match=words):
+            stage("dpo", world, tmp_path / "run", "model.lora={}", "model.quantization=int8")
+        assert not (tmp_path / "run").exists()
 
 
 # over 20 s: three processes import torch and transformers
@@ -221,8 +287,7 @@ def test_two_processes_give_the_losses_of_one(world: WorldPaths, tmp_path: Path)
         "trainer: {algorithm: dpo, max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1,"
         " learning_rate: 1.0e-3, train_sampling_strategy: sequential}\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, "-m", "prefopt", "train", str(recipe)]
+    command = [sys.executable, "-m", "prefopt", "train", str(recipe), "--num-processes", "2"]
     # gloo now and then aborts an interpreter that has done its work, so the status says nothing
     subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (tmp_path / "two" / "summary.json").exists()

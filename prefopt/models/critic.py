@@ -33,8 +33,8 @@ def make_critic(policy: nn.Module, judge_model: PreTrainedModel | None = None) -
         made from, all of whose weights are trainable.
 
     Raises:
-        PrefoptError: There is no judge's model, and transformers has no sequence classifier with
-            a score head for the policy's architecture.
+        PrefoptError: There is no judge's model, and the policy is quantised or transformers has no
+            sequence classifier with a score head for its architecture.
     """
     critic = _headed_trunk(policy) if judge_model is None else copy.deepcopy(judge_model)
     return critic.float().requires_grad_(True).eval()
@@ -43,6 +43,12 @@ def make_critic(policy: nn.Module, judge_model: PreTrainedModel | None = None) -
 def _headed_trunk(policy: nn.Module) -> PreTrainedModel:
     """The policy's trunk, in float32, under a score head of zeros."""
     base = unwrap_peft(policy)
+    if getattr(base, "is_quantized", False):
+        raise PrefoptError(
+            "model.quantization: a critic cannot be made from a quantised policy; use a reward "
+            "model with the policy's tokenizer as the judge, from which the critic is then made, "
+            "or quantization: null"
+        )
     config = copy.deepcopy(base.config)
     config.num_labels = 1
     try:

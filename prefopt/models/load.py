@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -78,22 +80,28 @@ def checkpoint_folder(path: str) -> Path:
     return Path(path if Path(path).is_dir() else _load(snapshot_download, path, "checkpoint"))
 
 
-def load_config(path: str) -> PreTrainedConfig:
-    """Loads a model's config.
+def load_config(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Loads the configuration of a model, and no weights.
 
     Args:
         path: A local folder or a Hub id.
+        revision: A branch, tag or commit on the Hub.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
         PrefoptError: Nothing can be loaded from ``path``.
     """
-    return _load(AutoConfig.from_pretrained, path, "config")
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return _load(AutoConfig.from_pretrained, path, "configuration", **options)
 
 
 def load_policy(
     path: str,
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -102,20 +110,23 @@ def load_policy(
     Args:
         path: A local folder or a Hub id.
         dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
+        quantization: None, or nf4 or int8 for linear layers that are frozen under an adapter.
         revision: A branch, tag or commit on the Hub.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        PrefoptError: Nothing can be loaded from ``path``.
+        PrefoptError: Nothing can be loaded from ``path``, or this machine cannot quantise.
     """
-    return _load(
+    model = _load(
         AutoModelForCausalLM.from_pretrained,
         path,
         "causal language model",
         dtype=_dtype(dtype),
         revision=revision,
         trust_remote_code=trust_remote_code,
+        **_quantized(quantization),
     )
+    return _prepared(model) if quantization else model
 
 
 def load_reward_model(
@@ -124,6 +135,7 @@ def load_reward_model(
     *,
     new_head: bool = False,
     dtype: str = "auto",
+    quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -138,11 +150,13 @@ def load_reward_model(
         tokenizer: The tokenizer, changed in place when it lacks a pad token.
         new_head: Give a model without a score head, such as a causal LM, a random one to train.
         dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
+        quantization: None, or nf4 or int8 for linear layers that are frozen under an adapter.
         revision: A branch, tag or commit on the Hub.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        PrefoptError: Nothing can be loaded from ``path``, or it has no score head.
+        PrefoptError: Nothing can be loaded from ``path``, it has no score head, or this machine
+            cannot quantise.
     """
     model, info = _load(
         AutoModelForSequenceClassification.from_pretrained,
@@ -153,6 +167,7 @@ def load_reward_model(
         dtype=_dtype(dtype),
         revision=revision,
         trust_remote_code=trust_remote_code,
+        **_quantized(quantization),
     )
     if info["missing_keys"] and not new_head:
         raise PrefoptError(
@@ -164,6 +179,52 @@ def load_reward_model(
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return _prepared(model) if quantization else model
+
+
+def check_quantization(name: str | None) -> None:
+    """Finds out whether this machine can load quantised weights.
+
+    Raises:
+        PrefoptError: There is no CUDA device, or bitsandbytes is not installed.
+    """
+    if name is None:
+        return
+    if not torch.cuda.is_available():
+        raise PrefoptError(
+            f"model.quantization: found {name} on a machine without a CUDA device; expected one, "
+            "or quantization: null"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise PrefoptError(
+            f"model.quantization: {name} needs bitsandbytes, which is not installed; "
+            "pip install 'prefopt[qlora]'"
+        )
+
+
+def _quantized(name: str | None) -> dict[str, Any]:
+    """What ``from_pretrained`` is told; the head stays as it is."""
+    check_quantization(name)
+    if name is None:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=name == "nf4",
+        load_in_8bit=name == "int8",
+        llm_int8_skip_modules=["lm_head", "score"],
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config}
+
+
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """A quantised model ready for an adapter: frozen, what is not quantised in float32."""
+    from peft import prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # reentrant checkpoints need it, and PEFT sees to it only where nothing is quantised
+    model.enable_input_require_grads()
     return model
 
 

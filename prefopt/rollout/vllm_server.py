@@ -239,17 +239,18 @@ class VLLMServerEngine:
             info = await self._call(client, "GET", f"{url}/server_info?config_format=json")
         except PrefoptError as error:
             raise PrefoptError(f"vllm: no development endpoints: {error}; {how}") from None
-        config = info["vllm_config"]
-        model = config["model_config"]
+        config = _part(url, info, "vllm_config")
         for key, expected in SERVED_WITH.items():
-            if model[key] != expected:
-                raise PrefoptError(f"vllm: {url} has {key} {model[key]}, not {expected}; {how}")
-        if model["max_model_len"] < self.context_length:
+            found = _part(url, config, "model_config", key)
+            if found != expected:
+                raise PrefoptError(f"vllm: {url} has {key} {found}, not {expected}; {how}")
+        held = _part(url, config, "model_config", "max_model_len")
+        if held < self.context_length:
             raise PrefoptError(
-                f"vllm: {url} holds {model['max_model_len']} tokens, prompts with completions have "
-                f"up to {self.context_length}; {how}, or lower the lengths"
+                f"vllm: {url} holds {held} tokens, prompts with completions have up to "
+                f"{self.context_length}; {how}, or lower the lengths"
             )
-        if self.transfer == "nccl" and config["weight_transfer_config"] is None:
+        if self.transfer == "nccl" and _part(url, config, "weight_transfer_config") is None:
             raise PrefoptError(f"vllm: {url} does not take weights over NCCL; {how}")
 
     def _how_to_start(self, url: str) -> str:
@@ -264,8 +265,8 @@ class VLLMServerEngine:
 
     async def _prepare(self, client: httpx.AsyncClient, url: str) -> None:
         """Makes sure that a server is alive and has the weights of the last push."""
-        found = await self._call(client, "GET", f"{url}/weight_info")
-        if self.version is None or found["weight_version"] == self.version:
+        info = await self._call(client, "GET", f"{url}/weight_info")
+        if self.version is None or _part(url, info, "weight_version") == self.version:
             return
         await self._check(client, url)
         if self.transfer == "nccl":
@@ -336,12 +337,10 @@ def request_body(
 def _read_answer(
     url: str, answer: Any, settings: SamplingSettings, stop_token_ids: Sequence[int]
 ) -> _Answer:
-    try:
-        choice = answer["choices"][0]
-        reason, token_ids = choice["finish_reason"], list(choice["token_ids"])
-        log_probs = [float(x) for x in choice["logprobs"]["token_logprobs"]]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise _not_understood(url, error) from None
+    choice = _part(url, answer, "choices", 0)
+    reason = _part(url, choice, "finish_reason")
+    token_ids = list(_part(url, choice, "token_ids"))
+    log_probs = list(_part(url, choice, "logprobs", "token_logprobs"))
     if reason not in ("stop", "length"):
         raise ServerLostError(f"{url} ended a completion with {reason!r}", answered=True)
     stopped = bool(token_ids) and token_ids[-1] in stop_token_ids
@@ -355,19 +354,25 @@ def _read_answer(
 
 
 def _read_prompt_log_probs(url: str, answer: Any, sequence: Sequence[int]) -> list[float]:
+    found = _part(url, answer, "choices", 0, "prompt_logprobs")
+    return [
+        _part(url, found, position, str(token), "logprob")
+        for position, token in enumerate(sequence)
+        if position > 0
+    ]
+
+
+def _part(url: str, answer: Any, *path: str | int) -> Any:
+    """What an answer has at a path."""
     try:
-        found = answer["choices"][0]["prompt_logprobs"]
-        pairs = zip(sequence[1:], found[1:], strict=True)
-        return [float(entry[str(token)]["logprob"]) for token, entry in pairs]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise _not_understood(url, error) from None
-
-
-def _not_understood(url: str, error: Exception) -> PrefoptError:
-    return PrefoptError(
-        f"vllm: {url} answered in another form than vLLM 0.31 ({type(error).__name__}: {error}); "
-        "serve the model with a vLLM of about that version"
-    )
+        for key in path:
+            answer = answer[key]
+    except (KeyError, IndexError, TypeError):
+        raise PrefoptError(
+            f"vllm: {url} answered without {path}, which vLLM 0.31 has: serve the model with a "
+            "vLLM of about that version"
+        ) from None
+    return answer
 
 
 def _check_url(url: str) -> str:

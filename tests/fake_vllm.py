@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         log_probs = {"token_logprobs": [-0.5] * len(token_ids)}
         choice = {"token_ids": token_ids, "finish_reason": reason, "logprobs": log_probs}
         if manner == "hang":
-            self.server.gone.wait(30)
+            self.server.gone.wait(60)
             return
         elif manner == "slow":
             time.sleep(0.1)

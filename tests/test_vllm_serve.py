@@ -39,7 +39,8 @@ pytestmark = [
 
 VOCABULARY = 97
 EOS, ALSO_EOS = 2, 12  # the second in the checkpoint's generation config only
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [40, 3, 8, 30, 20], [5, 6, 8]]
+LONG = [5 + i * i % 89 for i in range(180)]  # more than a block of the prefix cache
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [40, 3, 8, 30, 20], LONG]
 START_SECONDS = 240
 
 

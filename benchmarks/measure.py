@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from prefopt.data.tree import PromptTree
 
@@ -49,7 +49,7 @@ class Settings:
     scratch: str = ""  # a folder for what trainers write
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> PreTrainedConfig:
         """The model's shape: untied head, no dropout."""
         hidden, intermediate, layers, heads, kv_heads, vocabulary = MODELS[self.size]
         return LlamaConfig(
@@ -66,18 +66,24 @@ class Settings:
             num_labels=1,
         )
 
+    @property
+    def ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Fewest and most tokens of a prompt and of a completion."""
+        return RANGES[self.size]
+
     def rows(self) -> list[PromptTree]:
         """Pairs for all steps; lengths are log-normal around the middle of the size's ranges."""
         draw = random.Random(self.seed)
-        prompts, completions = RANGES[self.size]
+        prompts, completions = self.ranges
         shared, own = CORRELATION**0.5, (1 - CORRELATION) ** 0.5
+        vocabulary = self.config.vocab_size
 
         def length(bounds: tuple[int, int], deviate: float) -> int:
             low, high = bounds
             return round(min(high, max(low, math.sqrt(low * high) * math.exp(SIGMA * deviate))))
 
         def ids(count: int) -> list[int]:
-            return [draw.randrange(2, MODELS[self.size][-1]) for _ in range(count)]
+            return [draw.randrange(2, vocabulary) for _ in range(count)]
 
         rows = []
         for _ in range(self.batch_size * self.steps):
@@ -157,28 +163,45 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def peak_mib() -> float:
+    """The most memory this process has held: of its GPU, or resident, in MiB."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # ru_maxrss would count what the parent held when it started this process
+    return int(find_in("/proc/self/status", r"VmHWM:\s+(\d+)")) / 1024
+
+
 def find_in(path: str, pattern: str) -> str:
     """The first group of the pattern's first match in a file, or an empty string."""
     found = re.search(pattern, Path(path).read_text())
     return found[1] if found else ""
 
 
-def facts() -> dict[str, Any]:
-    """When, where and with what a benchmark ran."""
+def facts(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What every result begins with: the machine, the versions, the options."""
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     commit, changes = (
         subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()
         for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
     )
     return {
+        "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "cpu": f"{find_in('/proc/cpuinfo', 'model name.*: (.*)')}, {os.cpu_count()} cores",
         "load_average": os.getloadavg(),
-        "versions": {p: version(p) for p in ("torch", "transformers", "trl", "accelerate")}
+        "versions": {p: _version(p) for p in ("torch", "transformers", "trl", "accelerate")}
         | {"python": platform.python_version()},
         "commit": commit + ("+changes" if changes else ""),
+        "settings": {key: value for key, value in vars(args).items() if key != "output"},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def report(
@@ -186,10 +209,8 @@ def report(
 ) -> dict[str, Any]:
     """Writes the result file, prints a table or JSON, and returns the result."""
     result = {
-        "benchmark": name,
-        **facts(),
+        **facts(name, args),
         "model": settings.config.to_diff_dict() | {"head_share": _head_share(settings.config)},
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
         "runs": runs,
         **parts,
     }

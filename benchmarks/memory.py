@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "ratio": expected / in_use,
         }
         runs.append(asdict(run) | found)
-    result = {"benchmark": "memory", **facts(), "settings": {"size": args.size}, "runs": runs}
+    result = {**facts("memory", args), "runs": runs}
     args.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1)
     (args.output / "memory-cpu.json").write_text(text + "\n")

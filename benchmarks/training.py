@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from measure import DEVICE, Settings, find_in, interleave, parser, report
+from measure import DEVICE, Settings, interleave, parser, peak_mib, report
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -79,10 +79,11 @@ def training_arguments(settings: Settings, **extra: Any) -> dict[str, Any]:
 
 def perturb(model: nn.Module, seed: int) -> None:
     """Moves all weights by a tenth of their tensor's spread, away from the reference."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             parameter.add_(0.1 * parameter.std() * noise)
 
 
@@ -163,7 +164,4 @@ def _steps_and_peak(build: Builder, settings: Settings, mode: str) -> float:
     contestant = build(settings, mode)
     for batch in settings.batches()[:MEMORY_STEPS]:
         contestant.step(batch)
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    # ru_maxrss would count what the parent held when it started this process
-    return int(find_in("/proc/self/status", r"VmHWM:\s+(\d+)")) / 1024
+    return peak_mib()

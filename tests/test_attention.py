@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers
 from conftest import VOCABULARY, sharpen
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prefopt.data.tree import PromptTree, Segment, TreeBatch, collate_trees
 from prefopt.errors import PrefoptError
@@ -224,6 +225,24 @@ def test_without_trees_the_attention_is_sdpa_to_the_bit(tiny_llama) -> None:
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, patched(ids).logits)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_new_token_sees_what_sdpa_shows_it(masked: bool, monkeypatch) -> None:
+    """Two query heads share a key head; rows, heads and keys differ in number."""
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 1, 8, generator=draw)
+    key, value = torch.randn(2, 3, 2, 7, 8, generator=draw)
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    mask = None
+    if masked:
+        mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+        mask[0, ..., :4] = False
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.5)
+    monkeypatch.delattr(attention, "sdpa_attention_forward")
+    found, _ = attention.tree_attention(module, query, key, value, mask, scaling=0.5)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_a_deep_copy_answers_with_its_own_weights(tiny_llama, random_trees) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import DynamicLayer
 
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
@@ -34,6 +40,7 @@ from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rollout import Completion, SamplingSettings
 from prefopt.rollout.engine import make_completion, sample_key, uniforms
 from prefopt.rollout.hf_engine import TransformersEngine, draw_tokens
+from prefopt.rollout.kv_cache import ROOM, RoomyLayer
 
 VOCABULARY = 24
 EOS = 3
@@ -56,6 +63,9 @@ def make_model(family: str = "llama", *, dropout: float = 0.0) -> PreTrainedMode
     shape |= {"attention_dropout": dropout, "initializer_range": 0.3}
     if family == "neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    if family == "mistral":  # its window is shorter than a sample
+        config = MistralConfig(num_key_value_heads=2, sliding_window=8, **shape)
+        return MistralForCausalLM(config)
     return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **shape))
 
 
@@ -82,6 +92,14 @@ def widths_of_calls(model: PreTrainedModel) -> list[int]:
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
     return widths
+
+
+def rows_of_calls(model: PreTrainedModel) -> list[int]:
+    """A list that grows by the rows of the input at every forward pass."""
+    rows: list[int] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    return rows
 
 
 def ids(completions: list[list[Completion]]) -> list[list[list[int]]]:
@@ -560,3 +578,61 @@ def test_a_row_that_has_ended_does_not_outgrow_a_table_of_positions() -> None:
     assert [len(group[0].token_ids) for group in found] == [6, 2]
     with pytest.raises(PrefoptError, match=f"prompt 1 has {CONTEXT - 2} tokens"):
         engine.generate(prompts, settings)
+
+
+@pytest.mark.parametrize("family", ["llama", "neox", "gpt2", "mistral"])
+def test_rows_that_have_ended_leave_the_batch(family: str) -> None:
+    model = make_model(family)
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
+    options: dict[str, Any] = {"samples_per_prompt": 4, "max_new_tokens": 40}
+    rows = rows_of_calls(model)
+    found = sample(model, prompts, **options)
+    lengths = sorted(len(c.token_ids) for group in found for c in group)
+    read, *decoding = rows
+    assert read == len(prompts), "a prompt is read once for all its samples"
+    assert decoding == sorted(decoding, reverse=True)
+    assert len(decoding) == max(lengths)
+    for step, carried in enumerate(decoding):
+        alive = sum(length > step for length in lengths)
+        assert alive <= carried
+        assert carried - alive < max(1, 0.25 * carried), "a quarter of a batch at most has ended"
+    alone = sample(model, prompts, batch_size=1, **options)
+    assert ids(alone) == ids(found)
+    for a, b in zip(chain(*alone), chain(*found), strict=True):
+        assert a.log_prob == pytest.approx(b.log_prob, abs=1e-4)
+
+
+def test_prompts_of_one_token_share_nothing() -> None:
+    model = make_model()
+    rows = rows_of_calls(model)
+    found = sample(model, [[5], [6, 7]], samples_per_prompt=2, stop_token_ids=[], max_new_tokens=3)
+    assert rows == [4, 4, 4]
+    assert all(len(c.token_ids) == 3 for group in found for c in group)
+
+
+def test_a_model_that_keeps_more_than_keys_and_values_reads_all_rows_again() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=EOS
+    )
+    model = MambaForCausalLM(config)
+    prompts = [[5, 6, 7], [8, 9, 10]]  # of one length: padding moves a recurrent state
+    found = sample(model, prompts, samples_per_prompt=4, max_new_tokens=30)
+    assert {c.finish_reason for group in found for c in group} == {"stop", "length"}
+    alone = sample(model, prompts, samples_per_prompt=4, max_new_tokens=30, batch_size=1)
+    assert ids(found) == ids(alone)
+
+
+def test_a_roomy_cache_is_a_dynamic_cache() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, roomy = DynamicLayer(), RoomyLayer()
+    for rows, new in ((3, 5), (3, 1), (3, 2 * ROOM), (3, 1), (2, 1), (4, ROOM - 1), (4, 2), (4, 1)):
+        kept = torch.arange(rows) % 2
+        for layer in (plain, roomy):
+            if layer.get_seq_length():
+                layer.reorder_cache(kept)
+        states = torch.randn(2, rows, 2, new, 4, generator=generator)
+        expected = plain.update(*states)
+        found = roomy.update(*states)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert roomy.get_seq_length() == plain.get_seq_length()

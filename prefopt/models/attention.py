@@ -4,7 +4,7 @@ Every segment of a tree (a prompt, or a completion with its prompt as prefix) is
 attention of its own, aligned at the bottom right. On the CPU each segment is one SDPA call; on CUDA
 in half precision one variable-length flash attention call serves all segments, with the prefix keys
 gathered in front of each completion's own. Calls without a tree (generation, plain forwards) behave
-exactly as ``sdpa``.
+as ``sdpa``, but that a token drawn with a cache copies no shared keys.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ def tree_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if tree_map is None:
         if softcap is None:
+            if width == 1 and heads > key.shape[1] and kwargs.get("position_bias") is None:
+                return _one_token(query, key, value, attention_mask, scale, dropout), None
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, **kwargs
             )
@@ -157,6 +159,24 @@ def tree_attention(
     else:
         out = _segments(flat_q, flat_k, flat_v, tree_map, scale, sliding_window, softcap, dropout)
     return out.unflatten(0, (rows, width)), None
+
+
+def _one_token(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Attention of one new token a row, [rows, 1, heads, head_dim].
+
+    Query heads that share keys stand as queries of one head, which sees the keys where they are;
+    with a mask, transformers' ``sdpa`` makes a copy of all keys and values for every query head.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))[..., 0, :]
+    out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale)
+    return out.flatten(1, 2)[:, None]
 
 
 def _flash_takes(query: Tensor, value: Tensor) -> bool:

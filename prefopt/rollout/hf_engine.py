@@ -29,6 +29,7 @@ from transformers.generation import (
 
 from prefopt.data import template
 from prefopt.errors import PrefoptError
+from prefopt.models.forward import unwrap_peft
 from prefopt.rollout.engine import (
     Completion,
     Done,
@@ -39,10 +40,13 @@ from prefopt.rollout.engine import (
     settings_of_each,
     uniforms,
 )
+from prefopt.rollout.kv_cache import keep_rows, roomy_cache
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+SHARE_ENDED = 0.25  # of a batch; rows that have ended leave it then
 
 
 class TransformersEngine:
@@ -140,32 +144,87 @@ class TransformersEngine:
             yield batch
 
     def _continue(self, batch: Sequence[_Row]) -> list[tuple[list[int], list[float]]]:
-        """The tokens after each prompt and their log-probs; behind an end, anything."""
+        """The tokens after each prompt and their log-probs; behind an end, anything.
+
+        Rows that have ended leave the batch once they are a quarter of it.
+        """
         prompts, limits = [r.prompt for r in batch], [r.settings.max_new_tokens for r in batch]
-        width = max(len(prompt) for prompt in prompts)
-        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-            attention_mask[row, width - len(prompt) :] = 1
-        device = self.model.device
-        draw = _Draw(batch, width, device)
-        output = self.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
+        ids, mask = _left_padded(prompts, self.model.device)
+        width = ids.shape[1]
+        cache = self._read(prompts, ids, mask)
+        draw = _Draw(batch, width, self.model.device)
+        found: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+        rows = list(range(len(prompts)))
+        while rows:
+            draw.rows, draw.log_probs = rows, []
+            ends = _Ends(ids, [width + limits[row] for row in rows], self.stop_token_ids)
+            drawn = self._generate(
+                ids,
+                mask,
+                cache,
+                max_new_tokens=width + max(limits[row] for row in rows) - ids.shape[1],
+                logits_processor=LogitsProcessorList([draw]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+            )
+            new = drawn[:, ids.shape[1] :]
+            log_probs = torch.stack(draw.log_probs, dim=1).tolist()
+            for row, tokens, values in zip(rows, new.tolist(), log_probs, strict=True):
+                found[row][0].extend(tokens)
+                found[row][1].extend(values)
+            kept = [i for i, ended in enumerate(ends.ended.tolist()) if not ended]
+            rows = [rows[i] for i in kept]
+            ids, mask = drawn[kept], torch.cat([mask, torch.ones_like(new)], 1)[kept]
+            if cache is not None and rows:
+                keep_rows(cache, kept)
+        return found
+
+    def _read(self, prompts: list[Sequence[int]], ids: Tensor, mask: Tensor) -> DynamicCache | None:
+        """A cache for the rows, of prompts that recur with all but their last token read once."""
+        cache = roomy_cache(unwrap_peft(self.model))
+        first = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
+        if cache is None or len(first) == len(prompts) or min(map(len, prompts)) < 2:
+            return cache
+        distinct = sorted(first.values())
+        self._generate(ids[distinct, :-1], mask[distinct, :-1], cache, max_new_tokens=1)
+        keep_rows(cache, [distinct.index(first[tuple(prompt)]) for prompt in prompts])
+        return cache
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: DynamicCache | None,
+        *,
+        max_new_tokens: int,
+        **options: Any,
+    ) -> Tensor:
+        """``model.generate`` without any choice of its own, going on from what is in a cache."""
+        if cache is not None:
+            options["past_key_values"] = cache
+        return self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=GenerationConfig(
-                max_new_tokens=max(limits),
+                max_new_tokens=max_new_tokens,
                 do_sample=False,
                 use_cache=True,
                 eos_token_id=self.stop_token_ids or None,
                 pad_token_id=0,  # any id: the mask and the first stop token say what is real
             ),
-            logits_processor=LogitsProcessorList([draw]),
-            stopping_criteria=StoppingCriteriaList([_AtLimit(width, limits, device)]),
             synced_gpus=False,  # ZeRO-3's default waits for processes, which sample different rows
+            **options,
         )
-        log_probs = torch.stack(draw.log_probs, dim=1).tolist()
-        return list(zip(output[:, width:].tolist(), log_probs, strict=True))
+
+
+def _left_padded(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, int64 [prompts, longest]."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 @dataclass(frozen=True)
@@ -188,11 +247,13 @@ class _Draw(LogitsProcessor):
 
     Attributes:
         log_probs: Per step, what ``Completion.log_prob`` sums up, float32 [rows].
+        rows: The rows of the batch that are still drawn for.
     """
 
     def __init__(self, batch: Sequence[_Row], width: int, device: torch.device) -> None:
         settings = batch[0].settings
         self.width = width
+        self.rows = list(range(len(batch)))
         self.log_probs: list[Tensor] = []
         self.greedy = settings.temperature == 0
         if self.greedy:
@@ -221,20 +282,30 @@ class _Draw(LogitsProcessor):
         else:
             scores = scores / self.temperature
             probs = self.warpers(input_ids, scores).softmax(-1)
-            tokens = draw_tokens(probs, self.noise[:, step])
+            tokens = draw_tokens(probs, self.noise[self.rows, step])
         chosen = scores.gather(-1, tokens[:, None])[:, 0]
         self.log_probs.append(chosen - scores.logsumexp(-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
-class _AtLimit(StoppingCriteria):
-    """Ends a row that has as many tokens as it may."""
+class _Ends(StoppingCriteria):
+    """Ends a row with a stop token or at its limit, and all together once enough have ended.
 
-    def __init__(self, width: int, limits: list[int], device: torch.device) -> None:
-        self.ends = width + torch.tensor(limits, device=device)
+    Args:
+        ids: The rows as they begin.
+        limits: How wide each may become.
+        stop_token_ids: Tokens that end a row.
+    """
+
+    def __init__(self, ids: Tensor, limits: list[int], stop_token_ids: list[int]) -> None:
+        self.limits = torch.tensor(limits, device=ids.device)
+        self.stops = torch.tensor(stop_token_ids, dtype=torch.long, device=ids.device)
+        self.ended = torch.zeros_like(self.limits, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return input_ids.shape[1] >= self.ends
+        self.ended |= torch.isin(input_ids[:, -1], self.stops)
+        self.ended |= input_ids.shape[1] >= self.limits
+        return self.ended | (self.ended.float().mean() >= SHARE_ENDED)
 
 
 def draw_tokens(probs: Tensor, noise: Tensor) -> Tensor:

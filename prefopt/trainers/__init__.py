@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
@@ -13,19 +14,11 @@ from prefopt.trainers.inpo import INPOConfig, INPOTrainer
 from prefopt.trainers.nash_mp import NashMPConfig, NashMPTrainer
 from prefopt.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from prefopt.trainers.ppo import PPOConfig, PPOTrainer
-from prefopt.trainers.sft import SFTConfig, SFTTrainer
 
-# name in a recipe -> (config, trainer)
-TRAINERS: dict[str, tuple[type[Any], type[Trainer]]] = {
-    "sft": (SFTConfig, SFTTrainer),
-    "dpo": (DPOConfig, DPOTrainer),
-    "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
-    "hypo": (HyPOConfig, HyPOTrainer),
-    "inpo": (INPOConfig, INPOTrainer),
-    "nash_mp": (NashMPConfig, NashMPTrainer),
-    "drpo": (DRPOConfig, DRPOTrainer),
-    "ppo": (PPOConfig, PPOTrainer),
-}
+if TYPE_CHECKING:
+    from prefopt.trainers.sft import SFTConfig, SFTTrainer
+
+    TRAINERS: dict[str, tuple[type[Any], type[Trainer]]]
 
 __all__ = [
     "TRAINERS",
@@ -46,3 +39,31 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
 ]
+
+
+@cache
+def _trainers() -> dict[str, tuple[type[Any], type[Trainer]]]:
+    from prefopt.trainers.sft import SFTConfig, SFTTrainer
+
+    # name in a recipe -> (config, trainer)
+    return {
+        "sft": (SFTConfig, SFTTrainer),
+        "dpo": (DPOConfig, DPOTrainer),
+        "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
+        "hypo": (HyPOConfig, HyPOTrainer),
+        "inpo": (INPOConfig, INPOTrainer),
+        "nash_mp": (NashMPConfig, NashMPTrainer),
+        "drpo": (DRPOConfig, DRPOTrainer),
+        "ppo": (PPOConfig, PPOTrainer),
+    }
+
+
+def __getattr__(name: str) -> Any:
+    """SFT stands on TRL, which the other trainers do without: it is imported when asked for."""
+    if name == "TRAINERS":
+        return _trainers()
+    if name in ("SFTConfig", "SFTTrainer"):
+        from prefopt.trainers import sft
+
+        return getattr(sft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

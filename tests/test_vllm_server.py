@@ -431,10 +431,11 @@ def test_one_of_two_processes_sends_and_both_know(one: FakeVLLM, tmp_path: Path)
 
 def test_weights_are_written_in_shards_and_tied_ones_under_both_names(tmp_path: Path) -> None:
     tied = torch.randn(4, 3)
-    state = {"a": tied, "b": torch.randn(3, 4).T, "c": torch.randn(5), "head": tied}
-    write_weights(tmp_path / "new", state.items(), shard_bytes=70)
+    state = {"a": tied, "head": tied, "b": torch.randn(3, 4).T, "c": torch.randn(5)}
+    state["large"] = torch.randn(99)
+    write_weights(tmp_path / "new", state.items(), shard_bytes=100)
     files = sorted((tmp_path / "new").iterdir())
-    assert [sorted(load_file(file)) for file in files] == [["a"], ["b", "c"], ["head"]]
+    assert [sorted(load_file(file)) for file in files] == [["a", "head"], ["b", "c"], ["large"]]
     for name, tensor in chain(*(load_file(file).items() for file in files)):
         assert torch.equal(tensor, state[name])
 

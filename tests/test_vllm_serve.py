@@ -165,12 +165,13 @@ def gap(
     temperature: float = 1.0,
     prompts: list[list[int]] = PROMPTS,
 ) -> float:
-    """The most by which a completion's log-prob differs from the model's, in nats."""
+    """The most by which a completion's log-prob differs from the model's, in nats a token."""
     enable_trees(model)
     trees = [PromptTree(p, g) for p, g in zip(prompts, ids(completions), strict=True)]
     wanted = sequence_log_probs(model, collate_trees(trees, layout="separate"), temperature)
     found = torch.tensor([each.log_prob for each in chain(*completions)])
-    return float((found - wanted).abs().max())
+    lengths = torch.tensor([len(each.token_ids) for each in chain(*completions)])
+    return float(((found - wanted).abs() / lengths).max())
 
 
 def greedy(model: PreTrainedModel) -> list[list[list[int]]]:
@@ -213,7 +214,7 @@ def test_samples_follow_the_model_and_do_not_depend_on_their_company(
     settings = SamplingSettings(max_new_tokens=30, temperature=0.7, samples_per_prompt=6, seed=5)
     found = engine.generate(PROMPTS, settings)
     assert gap(model, found, temperature=0.7) < 1e-4
-    assert gap(model, found, temperature=1.0) > 1
+    assert gap(model, found, temperature=1.0) > 0.1
     assert {each.finish_reason for each in chain(*found)} == {"stop", "length"}
     assert len({tuple(each.token_ids) for each in chain(*found)}) == 30
     later = SamplingSettings(30, 0.7, samples_per_prompt=2, seed=5, first_sample=4)
@@ -269,4 +270,4 @@ def test_a_server_that_is_killed_and_restarted_answers_the_rest_with_the_pushed_
     assert [len(group) for group in found] == [100] * 5
     long = [tuple(each.token_ids) for each in chain(*found) if len(each.token_ids) > 8]
     assert len(set(long)) == len(long) > 300
-    assert gap(model, found, prompts=prompts) < 1e-3
+    assert gap(model, found, prompts=prompts) < 1e-4

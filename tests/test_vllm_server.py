@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -81,6 +81,13 @@ def ids(completions: list[list[Completion]]) -> list[list[list[int]]]:
 def asked(*servers: FakeVLLM) -> Counter[int]:
     """How often each sample was asked for: its seed tells it from all others."""
     return Counter(body["seed"] for server in servers for body in server.bodies)
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    """Waits up to ten seconds."""
+    end = time.monotonic() + 10
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def weights(number: int) -> list[tuple[str, Tensor]]:
@@ -159,8 +166,9 @@ def test_a_sample_has_a_seed_of_its_own() -> None:
 def test_every_sample_is_answered_once_whatever_a_server_does(
     manner: str, two: tuple[FakeVLLM, FakeVLLM], tmp_path: Path
 ) -> None:
-    engine = make_engine(tmp_path, *two, request_timeout=0.5)
-    two[0].manners = lambda number, body: manner if number in (1, 2, 5) else None
+    engine = make_engine(tmp_path, *two, request_timeout=1.0)
+    for server in two:
+        server.manners = lambda number, body: manner if number in (1, 3) else None
     told: list[int] = []
     begun = time.perf_counter()
     found = engine.generate(PROMPTS, SETTINGS, done=lambda index, group: told.append(index))
@@ -181,8 +189,8 @@ def test_what_a_lost_server_had_goes_to_the_others_however_long_it_is_away(
 ) -> None:
     engine = make_engine(tmp_path, *two, server_timeout=0.2, concurrency=1)
     two[0].manners = lambda number, body: "hang"
-    two[1].manners = lambda number, body: "slow"
-    killer = threading.Timer(0.3, two[0].kill)
+    two[1].manners = lambda number, body: wait_until(lambda: two[0].bodies) or "slow"
+    killer = threading.Thread(target=lambda: wait_until(lambda: two[0].bodies) or two[0].kill())
     killer.start()
     found = engine.generate(PROMPTS, SETTINGS)
     killer.join()
@@ -192,16 +200,16 @@ def test_what_a_lost_server_had_goes_to_the_others_however_long_it_is_away(
 
 
 def test_load_is_spread_and_bounded(two: tuple[FakeVLLM, FakeVLLM], tmp_path: Path) -> None:
-    for server in two:
-        server.manners = lambda number, body: "slow"
     settings = SamplingSettings(max_new_tokens=8, samples_per_prompt=8)
-    make_engine(tmp_path, *two, concurrency=64).generate(PROMPTS, settings)
-    assert [len(server.bodies) for server in two] == [12, 12]
+    for server in two:
+        server.manners = lambda number, body: wait_until(lambda: len(asked(*two)) == 24)
+    make_engine(tmp_path, *two).generate(PROMPTS, settings)
     assert [server.most for server in two] == [12, 12]
     for server in two:
         server.bodies.clear()
         server.most = 0
-    two[1].manners = lambda number, body: None
+    two[0].manners = lambda number, body: "slow"
+    two[1].manners = lambda number, body: wait_until(lambda: len(two[0].bodies) > 2)
     make_engine(tmp_path, *two, concurrency=3).generate(PROMPTS, settings)
     assert two[0].most == 3
     assert two[1].most <= 3
@@ -314,8 +322,7 @@ def test_a_restarted_server_gets_the_last_weights_before_it_is_asked(
         second.manners = lambda number, body: "hang" if number >= 15 else None
 
         def restart() -> None:
-            while not second.bodies[15:]:
-                time.sleep(0.01)
+            wait_until(lambda: second.bodies[15:])
             second.kill()
             servers.enter_context(serving(first.server_port))
 
@@ -424,10 +431,11 @@ def test_one_of_two_processes_sends_and_both_know(one: FakeVLLM, tmp_path: Path)
 
 def test_weights_are_written_in_shards_and_tied_ones_under_both_names(tmp_path: Path) -> None:
     tied = torch.randn(4, 3)
-    state = {"a": tied, "b": torch.randn(3, 4).T, "c": torch.randn(5), "head": tied}
-    write_weights(tmp_path / "new", state.items(), shard_bytes=70)
+    state = {"a": tied, "head": tied, "b": torch.randn(3, 4).T, "c": torch.randn(5)}
+    state["large"] = torch.randn(99)
+    write_weights(tmp_path / "new", state.items(), shard_bytes=100)
     files = sorted((tmp_path / "new").iterdir())
-    assert [sorted(load_file(file)) for file in files] == [["a"], ["b", "c"], ["head"]]
+    assert [sorted(load_file(file)) for file in files] == [["a", "head"], ["b", "c"], ["large"]]
     for name, tensor in chain(*(load_file(file).items() for file in files)):
         assert torch.equal(tensor, state[name])
 
@@ -488,6 +496,7 @@ def test_nccl_needs_a_cuda_device(one: FakeVLLM, tmp_path: Path) -> None:
 def test_an_answer_that_comes_after_its_question_was_given_up_is_not_read() -> None:
     """The first question hangs on to its answer; the second loses the server they both are at."""
     questions: list[int] = []
+    cancelled: list[int] = []
 
     async def ask(client: Any, url: str, number: int) -> str:
         questions.append(number)
@@ -499,6 +508,7 @@ def test_an_answer_that_comes_after_its_question_was_given_up_is_not_read() -> N
         try:
             await asyncio.sleep(5)
         except asyncio.CancelledError:
+            cancelled.append(number)
             return "late"
         return "never"
 
@@ -508,6 +518,7 @@ def test_an_answer_that_comes_after_its_question_was_given_up_is_not_read() -> N
     found = list(answers(["a"], 2, ask, prepare, Patience(5, 5, 5)))
     assert sorted(found) == [(0, "in time"), (1, "in time")]
     assert sorted(questions) == [0, 0, 1, 1]
+    assert cancelled == [0], "the server need not go on with it"
 
 
 def test_a_server_that_had_nothing_to_do_is_prepared_again_before_it_is_asked() -> None:

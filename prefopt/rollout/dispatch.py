@@ -196,7 +196,10 @@ def answers(
     prepare: Prepare,
     patience: Patience,
 ) -> Generator[tuple[int, T], None, None]:
-    """Asks ``count`` questions, each of the server that has fewest of them at that moment.
+    """Asks ``count`` questions, in their order, of whichever server may have one more.
+
+    Neighbours tend to go to one server, whose prefix cache serves samples of one prompt. A server
+    has at most its share of what is left: one that is faster answers more.
 
     Args:
         urls: The servers' addresses.
@@ -267,17 +270,14 @@ class _Dispatcher(Generic[T]):
 
     def _hand_out(self) -> None:
         """Gives out as much of what waits as may be; called whenever something has changed."""
-        # The first server that is ready leaves the others, as far as they may come, their part.
+        # No server takes more than its share of what is left, also not the first that is ready.
         expected = sum(not server.problem for server in self.servers)
         share = math.ceil(self.unanswered / max(expected, 1))
         most = min(share, self.patience.concurrency)
-        while self.waiting:
-            free = [s for s in self.servers if s.ready and len(s.in_flight) < most]
-            if not free:
-                break
-            server = min(free, key=lambda server: len(server.in_flight))
-            number = self.waiting.popleft()
-            server.in_flight[number] = self.group.create_task(self._send(server, number))
+        for server in self.servers:
+            while self.waiting and server.ready and len(server.in_flight) < most:
+                number = self.waiting.popleft()
+                server.in_flight[number] = self.group.create_task(self._send(server, number))
         for server in self.servers:
             # One that is killed with requests in flight is noticed, an idle one is not.
             server.ready = server.ready and bool(server.in_flight)

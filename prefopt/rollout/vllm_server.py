@@ -181,10 +181,11 @@ class VLLMServerEngine:
         remaining = iter(weights)
         state = PartialState()
         version, problem = uuid4().hex, ""
+        state.wait_for_everyone()  # nobody samples from the old weights any more
         if state.is_main_process:
             try:
                 self._send(version, remaining, state.device)
-            except (PrefoptError, OSError, SafetensorError) as error:
+            except (PrefoptError, ServerLostError, OSError, SafetensorError) as error:
                 problem = f"weights were not taken over: {error}"
         for _ in remaining:
             pass  # other processes take part in making them

@@ -125,7 +125,7 @@ class TransformersEngine:
         limits: Sequence[int],
         context_length: int | None,
     ) -> Iterator[list[tuple[int, int]]]:
-        """Rows of (prompt, sample), in order; a row that has ended is still carried on with the
+        """Rows of (prompt, sample), in order; a row that has ended may be carried on with the
         others of its batch, and must not outgrow a table of positions in the meantime.
         """
         batch: list[tuple[int, int]] = []

@@ -320,7 +320,7 @@ def test_the_temperature_reaches_a_model_inside_peft(tiny_llama) -> None:
 
 def test_chunks_shrink_with_the_vocabulary_and_never_vanish() -> None:
     cpu = torch.device("cpu")
-    assert logprobs._chunk_size(2**15, cpu) == 64
+    assert logprobs._chunk_size(2**15, cpu) == 256
     assert logprobs._chunk_size(2**30, cpu) == 1
     assert logprobs._chunk_size(2**17, torch.device("cuda")) == 512
 

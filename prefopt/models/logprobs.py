@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from prefopt.data.tree import TreeBatch
 
-# Elements of one chunk of logits. On the CPU a chunk should stay in the cache; on a GPU it should
-# be large enough to fill the device (2**26 float32 logits take 256 MiB).
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+# Elements of one chunk of logits. Each chunk passes over the head's weights and their gradient
+# once, so it should hold some 50 tokens of the largest vocabularies (2**23 float32 logits take
+# 32 MiB); on a GPU it should also be large enough to fill the device (2**26 take 256 MiB).
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 @dataclass(frozen=True)

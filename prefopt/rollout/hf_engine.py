@@ -126,7 +126,7 @@ class TransformersEngine:
         return completions
 
     def _batches(self, rows: Sequence[_Row], context_length: int | None) -> Iterator[list[_Row]]:
-        """Rows in order; a row that has ended is still carried on with the others of its batch, and
+        """Rows in order; a row that has ended may be carried on with the others of its batch, and
         must not outgrow a table of positions in the meantime.
         """
         batch: list[_Row] = []

@@ -355,6 +355,10 @@ def test_judges_are_loaded_by_kind(tiny_model, tokenizer, tmp_path: Path) -> Non
     model.config.num_labels = 1
     LlamaForSequenceClassification(model.config).save_pretrained(scalar)
     assert isinstance(load_judge("reward_model", str(scalar), device="cpu"), RewardModel)
+    for kind, folder in (("preference_model", causal), ("reward_model", scalar)):
+        half = load_judge(kind, str(folder), dtype="bfloat16", device="cpu")
+        assert half.model.dtype == torch.bfloat16
+        assert 0 < half.prefer([PROMPT], ["moo"], ["woof"])[0] < 1
     with pytest.raises(PrefoptError, match="not a reward model"):
         load_judge("reward_model", str(causal))
     with pytest.raises(PrefoptError, match="'oracle', expected reward_model or preference_model"):

@@ -144,6 +144,10 @@ def test_an_override_can_supply_a_missing_section(recipe_file: Path) -> None:
         ("model.lora.alfa=1", "unknown key 'model.lora.alfa'; did you mean 'model.lora.alpha'?"),
         ("data.max_length=2k", "'data.max_length': expected a whole number, found '2k'"),
         ("judge.path=x", "missing key 'judge.kind'"),
+        (
+            "judge={kind: reward_model, path: x, gpu_memory: 30}",
+            "'judge.gpu_memory': expected less than 1, found 30",
+        ),
         ("trainer.algorithm=dpq", "unknown algorithm 'dpq'; did you mean 'dpo'? known: dpo, "),
         ("model.path.x=1", "'model.path' is 'a/model', which has no keys; set it as a whole"),
         (

@@ -549,6 +549,10 @@ def test_two_models_that_train_are_not_sharded(pretend: Any, tmp_path: Path) -> 
     pretend("deepspeed", deepspeed_config={})
     with pytest.raises(PrefoptError, match=r"found DeepSpeed, .* a critic"):
         make_trainer(tmp_path, "ppo")
+    policy = tiny_policy()
+    policy.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it has parted
+    with pytest.raises(PrefoptError, match=r"found ZeRO-3, .* a critic"):
+        make_trainer(tmp_path, "ppo", model=policy)
 
 
 def test_an_opponent_is_not_sharded(pretend: Any, tmp_path: Path) -> None:

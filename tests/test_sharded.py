@@ -8,6 +8,7 @@ plugin: ``shard_on_cpu`` has it do what it does on accelerators. prefopt's code 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -115,6 +116,8 @@ def shard_on_cpu() -> None:
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = init
 
@@ -231,7 +234,7 @@ def recipes(folder: Path, kind: str) -> None:
     """Runs DPO from a recipe, with and without an adapter, as ``accelerate launch`` would."""
     for lora in (False, True):
         forget_sharding()
-        os.environ.update(BY_ACCELERATE)
+        os.environ.update(BY_ACCELERATE if kind == "fsdp" else {})
         train(read_recipe(RECIPES / "dpo.yaml", overrides(folder, kind, lora)))
 
 
@@ -247,7 +250,8 @@ def overrides(folder: Path, kind: str, lora: bool) -> list[str]:
         "trainer.learning_rate": 1e-2,
         "trainer.adam_epsilon": 1e-2,
         **({"model.lora.r": 4} if lora else {}),
-        **({"trainer.ddp_backend": "gloo"} if kind == "fsdp" else {}),
+        **({} if kind == "alone" else {"trainer.ddp_backend": "gloo"}),
+        **({"trainer.deepspeed": folder / f"{kind}.json"} if "zero" in kind else {}),
     }
     return [f"{key}={value}" for key, value in given.items()]
 
@@ -282,10 +286,11 @@ from test_sharded import jobs, recipes
 
 faulthandler.dump_traceback_later(200, exit=True)  # one that waits in vain says where
 PartialState(cpu=True, backend="gloo")
-kinds = sys.argv[2:]
-jobs(Path(sys.argv[1]), kinds)
-if "fsdp" in kinds:
-    recipes(Path(sys.argv[1]), "fsdp")
+folder, kinds = Path(sys.argv[1]), sys.argv[2:]
+jobs(folder, kinds)
+for kind in kinds:
+    if kind != "ddp":
+        recipes(folder, kind)
 dist.barrier()
 os._exit(0)  # gloo's threads sometimes abort while the interpreter shuts down
 """
@@ -294,6 +299,8 @@ os._exit(0)  # gloo's threads sometimes abort while the interpreter shuts down
 def launch(folder: Path, *kinds: str) -> dict[str, Any]:
     """Runs all jobs in two processes; returns what they found, by kind of sharding."""
     (folder / "worker.py").write_text(WORKER)
+    for kind in kinds:  # for recipes
+        (folder / f"{kind}.json").write_text(json.dumps(SHARDING[kind].get("deepspeed")))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, *command, str(folder / "worker.py"), str(folder), *kinds],
@@ -445,11 +452,12 @@ def test_only_the_policy_is_loaded_in_parts(kind: str, found: dict[str, Any], fo
     assert found["loads"]["fingerprint"] == weights_fingerprint(policy)
 
 
+@pytest.mark.parametrize("kind", ["fsdp", *ZEROS])
 def test_recipes_end_in_models_that_one_process_loads(
-    pytorch: dict[str, Any], alone: dict[str, Any], folder: Path
+    kind: str, found: dict[str, Any], alone: dict[str, Any], folder: Path
 ) -> None:
     for lora in (False, True):
-        runs = [folder / kind / f"dpo-{lora}" for kind in ("alone", "fsdp")]
+        runs = [folder / by / f"dpo-{lora}" for by in ("alone", kind)]
         losses = [
             [row["loss"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
             for run in runs
@@ -541,6 +549,10 @@ def test_two_models_that_train_are_not_sharded(pretend: Any, tmp_path: Path) -> 
     pretend("deepspeed", deepspeed_config={})
     with pytest.raises(PrefoptError, match=r"found DeepSpeed, .* a critic"):
         make_trainer(tmp_path, "ppo")
+    policy = tiny_policy()
+    policy.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it has parted
+    with pytest.raises(PrefoptError, match=r"found ZeRO-3, .* a critic"):
+        make_trainer(tmp_path, "ppo", model=policy)
 
 
 def test_an_opponent_is_not_sharded(pretend: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
 from prefopt.models.critic import make_critic, reads_same_tokens
 from prefopt.models.forward import enable_trees, supports_tree_attention
+from prefopt.models.gathered import is_partitioned
 from prefopt.models.layout_check import values_agree
 from prefopt.rounds.weights import put_weights, read_weights, save_weights, trainable_weights
 from prefopt.trainers.base import disable_dropout
@@ -64,6 +65,8 @@ class CriticTrainer(SampleRoundTrainer):
                 f"{type(self).__name__}: found optimizers, which do not know the critic's weights; "
                 "choose the optimiser in the configuration (optim, learning_rate)"
             )
+        if any(map(is_partitioned, model.parameters())):  # of which no critic could be made
+            raise _not_sharded(type(self).__name__, "ZeRO-3")
         if critic is None:
             judge_model = _judge_model(judge, kwargs.get("processing_class"))
             critic = make_critic(model, judge_model)
@@ -93,11 +96,8 @@ class CriticTrainer(SampleRoundTrainer):
             PrefoptError: FSDP or DeepSpeed is on.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise PrefoptError(
-                f"{type(self).__name__}: found {'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}, "
-                "which shards one model, but this algorithm trains a critic beside the policy; use "
-                "DDP, with a LoRA adapter where memory is short, or an algorithm without a critic"
-            )
+            found = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise _not_sharded(type(self).__name__, found)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adds the critic's weights to the policy's, in groups with a rate of their own."""
@@ -165,6 +165,14 @@ class CriticTrainer(SampleRoundTrainer):
 
     def _facts(self, peft_config: Any) -> dict[str, Any]:
         return super()._facts(peft_config) | {"critic": self.critic_fingerprint}
+
+
+def _not_sharded(name: str, found: str) -> PrefoptError:
+    return PrefoptError(
+        f"{name}: found {found}, which shards one model, but this algorithm trains a critic beside "
+        "the policy; use DDP, with a LoRA adapter where memory is short, or an algorithm without a "
+        "critic"
+    )
 
 
 def _judge_model(judge: Judge | None, tokenizer: Any) -> PreTrainedModel | None:

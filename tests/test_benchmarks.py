@@ -72,3 +72,15 @@ def test_group_log_probs_agree(run: Any) -> None:
     for r in result["runs"]:
         assert_timed(r, {"tree", "rows", "transformers"}, {"rows", "transformers"})
         assert all(difference < 1e-4 for difference in r["relative_difference"].values())
+
+
+@pytest.mark.slow
+def test_the_estimate_of_memory_is_near_what_steps_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("memory")
+    (found,) = module.main(["--size", "tiny", "--json", "--output", str(tmp_path)])["runs"]
+    assert found["estimate_mib"] == pytest.approx(found["in_use_mib"], rel=0.15)
+    written = json.loads((tmp_path / "memory-cpu.json").read_text())["runs"]
+    assert written == [found]

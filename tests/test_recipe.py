@@ -185,7 +185,7 @@ def test_a_fault_of_the_file_is_not_blamed_on_an_override(recipe_file: Path) -> 
             "path: a",
             "name: a",
             "unknown key 'model.name'; "
-            "known: chat_template, dtype, lora, path, revision, trust_remote_code",
+            "known: chat_template, dtype, lora, path, quantization, revision, trust_remote_code",
         ),
         ("path: a/model", "", "missing key 'model.path'"),
         ("model: {path: a/model}", "", "missing section 'model'"),

@@ -134,12 +134,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--size", choices=["base", "tiny"], default="base")
     options.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = options.parse_args(argv)
-    layers, vocabularies, pairs = ((8,), (8192, 32000), (4,))
+    shapes = itertools.product((8,), (8192, 32000), (False, True), (False, True), (4,))
     if args.size == "tiny":
-        layers, vocabularies, pairs = (2,), (8192,), (2,)
-    grid = itertools.product(layers, vocabularies, (False, True), (False, True), pairs)
+        shapes = [(2, 8192, True, False, 2)]
     runs = []
-    for shape in grid:
+    for shape in shapes:
         run = Run(*shape)
         in_use = in_a_process(run, MALLOC_MMAP_THRESHOLD_="65536")
         as_it_is, expected = in_a_process(run), estimate(run)

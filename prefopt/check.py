@@ -41,7 +41,8 @@ def check(
     Args:
         recipe_path: The YAML file.
         overrides: As for `prefopt train`.
-        accelerate: How the run is to be spread: a name or path, see `prefopt.launch`; None: DDP.
+        accelerate: How the run is to be spread: a name or path, see `prefopt.launch`; None: as the
+            same `prefopt train` would be, by DDP.
         processes: Devices; None: 1.
         device_memory: GiB of each; None: as much as a GPU of this machine has, if there is one.
 
@@ -82,14 +83,14 @@ def _machine(
     args: Any, accelerate: str | None, processes: int | None, device_memory: float | None
 ) -> Machine:
     strategy, bf16 = "ddp", args.bf16
-    if accelerate is not None:
-        strategy, mixed = strategy_of(accelerate_config(accelerate))
+    if accelerate or processes:
+        strategy, mixed = strategy_of(accelerate_config(accelerate or "ddp"))
         bf16 = bf16 or mixed
     memory = None if device_memory is None else round(device_memory * GIB)
     gpu = torch.cuda.is_available()
     if memory is None and gpu:
         memory = torch.cuda.get_device_properties(0).total_memory
-    device = "cuda" if gpu or accelerate or device_memory else "cpu"
+    device = "cuda" if gpu or accelerate or processes or device_memory else "cpu"
     return Machine(Spread(strategy, processes or 1), bf16, device, memory)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from prefopt.data.tokenize import Ragged, Tokenized
 from prefopt.data.tree import PromptTree
@@ -184,36 +185,28 @@ def _parts(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Bytes by what takes them, and the facts they follow from."""
     spread, bf16, quantization = machine.spread, machine.bf16, recipe.model.quantization
-    notes: list[str] = []
     dtype = _dtype(recipe.model.dtype, config)
-    sharded = spread.strategy != "ddp"
     # what computes: gathered and dequantised layers are in bfloat16
-    computing = torch.bfloat16 if quantization or (sharded and bf16) else dtype
+    gathered = bf16 and spread.strategy != "ddp"
+    computing = torch.bfloat16 if quantization or gathered else dtype
     classifier = recipe.trainer.algorithm == "reward_model"
     trees = largest_micro_batch(rows, args, recipe)
-    step: dict[str, Any] = {
-        # TRL's rows, of SFT, hold one answer each
-        "layout": "tree" if getattr(args, "layout", "separate") != "separate" else "separate",
-        "bf16": bf16,
-        "checkpointing": args.gradient_checkpointing,
-        "keep_gradients": not sharded,
-        "micro_batches": 1 if sharded else min(2, args.gradient_accumulation_steps),
-    }
-    state: dict[str, Any] = {"lora": lora is not None, "optim": str(args.optim)}
+    step = _step_options(args, machine)
+    state = {"lora": lora is not None, "optim": OptimizerNames(args.optim).value}
     model = _trained(empty_model(config, classifier=classifier, dtype=computing), args, lora)
     counts = count(model)
     parts = state_bytes(counts, spread, dtype=dtype, quantization=quantization, **state)
-    trained = 4 if lora is not None else dtype.itemsize
-    gradients = 0 if sharded else counts.trained * trained
-    activations = step_bytes(model, trees, **step) - gradients
-    parts["kept weights"] = kept_copies(args, recipe) * counts.trained * trained
+    trained = counts.trained * (4 if lora is not None else dtype.itemsize)
+    parts["kept weights"] = kept_copies(args, recipe) * trained
+    activations = step_bytes(model, trees, **step) - step["keep_gradients"] * trained
     if isinstance(args, PPOConfig):
         critic = _trained(empty_model(config, classifier=True, dtype=torch.float32), args, lora)
         sizes = count(critic)
         own = state_bytes(sizes, Spread("ddp", spread.processes), dtype=torch.float32, **state)
         parts["critic"] = sum(own.values())
         activations += step_bytes(critic, trees, values=True, **step)
-        activations -= 0 if sharded else 4 * sizes.trained
+        activations -= step["keep_gradients"] * 4 * sizes.trained
+    notes: list[str] = []
     parts["judge"] = _judge_bytes(recipe, args, notes)
     tokens = sum(len(ids) for tree in trees for ids in tree.completions)
     vocabulary = 0 if classifier else config.get_text_config().vocab_size
@@ -230,6 +223,19 @@ def _parts(
         "notes": notes,
     }
     return parts, facts
+
+
+def _step_options(args: Any, machine: Machine) -> dict[str, Any]:
+    """How a step is taken; where gradients are spread, each leaves as soon as it is there."""
+    sharded = machine.spread.strategy != "ddp"
+    return {
+        # TRL's rows, of SFT, hold one answer each
+        "layout": "tree" if getattr(args, "layout", "separate") != "separate" else "separate",
+        "bf16": machine.bf16,
+        "checkpointing": args.gradient_checkpointing,
+        "keep_gradients": not sharded,
+        "micro_batches": 1 if sharded else min(2, args.gradient_accumulation_steps),
+    }
 
 
 def _trained(model: PreTrainedModel, args: Any, lora: Any) -> nn.Module:

@@ -161,3 +161,15 @@ def test_flops_of_a_step_are_those_of_its_products(monkeypatch: pytest.MonkeyPat
     seen_in_rows = 2 * 15  # padded to 5
     rows = gpu.step_flops("one", trees, "rows, mask")
     assert rows == 6 * (weights * 10 + 2 * 4 * seen_in_rows) + head
+
+
+@pytest.mark.slow
+def test_the_estimate_of_memory_is_near_what_steps_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("memory")
+    (found,) = module.main(["--size", "tiny", "--json", "--output", str(tmp_path)])["runs"]
+    assert found["estimate_mib"] == pytest.approx(found["in_use_mib"], rel=0.15)
+    written = json.loads((tmp_path / "memory-cpu.json").read_text())["runs"]
+    assert written == [found]

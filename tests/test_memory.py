@@ -312,6 +312,14 @@ def test_without_a_device_only_the_estimate_is_said(recipe: Path) -> None:
     tokens = check(recipe, ["trainer.per_device_train_batch_size=1"])["memory"]
     assert tokens["micro_batch_tokens"] < memory["micro_batch_tokens"]
     assert tokens["parts"]["activations"] < memory["parts"]["activations"]
+    assert check(recipe, ["trainer.optim=sgd"])["memory"]["parts"]["optimiser"] == 0
+
+
+def test_several_processes_are_those_of_ddp(recipe: Path) -> None:
+    machine = check(recipe, processes=4)["memory"]["machine"]
+    assert machine["spread"] == {"strategy": "ddp", "processes": 4}
+    assert machine["bf16"] is True
+    assert machine["device"] == "cuda"
 
 
 def test_what_trains_beside_the_policy_counts(recipe: Path, world: WorldPaths) -> None:

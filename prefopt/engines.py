@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.data.template import stop_token_ids
 from prefopt.recipe import Recipe
 from prefopt.rollout.engine import Engine, SamplingSettings
-from prefopt.rollout.vllm_engine import TEMPERATURES, VLLMEngine
+from prefopt.rollout.vllm_engine import VLLMEngine
 from prefopt.rollout.vllm_process import architectures, cannot_run
+from prefopt.rollout.vllm_requests import TEMPERATURES
+from prefopt.rollout.vllm_server import VLLMServerEngine
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,6 @@ def make_engine(
         return VLLMEngine(
             model.config, tokenizer, dtype=dtype, gpu_memory=rollout.gpu_memory, **common
         )
-    from prefopt.rollout.vllm_server import VLLMServerEngine
-
     return VLLMServerEngine(
         rollout.servers or [],
         tokenizer,

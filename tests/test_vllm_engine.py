@@ -189,7 +189,7 @@ def test_an_adapter_is_pushed_merged_and_left_as_it_is(pair: Any) -> None:
 
 @pytest.mark.parametrize(
     ("temperature", "message"),
-    [(0.001, r"found 0.001, expected 0 or 0.01 to 2.0"), (2.5, "found 2.5")],
+    [(0.001, r"temperature is 0.001, expected 0 \(greedy\) or 0.01 to 2,"), (2.5, "is 2.5")],
 )
 def test_temperatures_that_vllm_would_change_are_refused(
     pair: Any, temperature: float, message: str

@@ -23,15 +23,17 @@ from prefopt.rollout.engine import (
     SamplingSettings,
     check_prompts,
     make_completion,
-    sample_key,
     settings_of_each,
 )
 from prefopt.rollout.vllm_process import start
+from prefopt.rollout.vllm_requests import (
+    check_temperatures,
+    sampling_options,
+    whole_distribution,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-TEMPERATURES = (0.01, 2.0)  # vLLM raises what is below and refuses what is above
 
 
 class VLLMEngine:
@@ -100,8 +102,9 @@ class VLLMEngine:
         """
         each = settings_of_each(settings, len(prompts))
         check_prompts(prompts, each, self.context_length)
+        check_temperatures(each)
         asked = [
-            (index, prompt, parameters(prompt, own, sample, self.stop_token_ids))
+            (index, prompt, self._parameters(prompt, own, sample))
             for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
             for sample in range(own.first_sample, own.first_sample + own.samples_per_prompt)
         ]
@@ -160,6 +163,12 @@ class VLLMEngine:
             self.llm.sleep(level=2)
             self.asleep = True
 
+    def _parameters(self, prompt: Sequence[int], settings: SamplingSettings, sample: int) -> Any:
+        from vllm import SamplingParams
+
+        options = sampling_options(prompt, settings, sample, self.stop_token_ids)
+        return SamplingParams(**options, detokenize=False)
+
     def _run(
         self, asked: Sequence[tuple[Sequence[int], Any]], finished: Callable[[int, Any], None]
     ) -> None:
@@ -182,51 +191,3 @@ class VLLMEngine:
             tokens = zip(output.token_ids, output.logprobs, strict=True)
             log_probs = [said[token].logprob for token, said in tokens]
         return make_completion(output.token_ids, self.stop_token_ids, self.tokenizer, log_probs)
-
-
-def parameters(
-    prompt: Sequence[int], settings: SamplingSettings, sample: int, stop_token_ids: Sequence[int]
-) -> Any:
-    """vLLM's parameters of one sample.
-
-    Raises:
-        PrefoptError: The temperature is one that vLLM would replace or refuse.
-    """
-    from vllm import SamplingParams
-
-    check_temperature(settings.temperature)
-    return SamplingParams(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        max_tokens=settings.max_new_tokens,
-        seed=request_seed(settings.seed, prompt, sample),
-        stop_token_ids=list(stop_token_ids),
-        ignore_eos=True,  # only the ids above end an answer
-        logprobs=0,  # of the token that was drawn alone
-        detokenize=False,
-    )
-
-
-def request_seed(seed: int, prompt: Sequence[int], sample: int) -> int:
-    """The seed of one sample's request, of the 63 bits that vLLM takes."""
-    return sample_key(seed, prompt, sample) % 2**63
-
-
-def check_temperature(temperature: float) -> None:
-    """Checks that vLLM would sample at this temperature and no other.
-
-    Raises:
-        PrefoptError: It would not.
-    """
-    least, most = TEMPERATURES
-    if temperature != 0 and not least <= temperature <= most:
-        raise PrefoptError(
-            f"rollout.temperature: found {temperature}, expected 0 or {least} to {most}, which is "
-            "what vLLM can sample at; change it, or use rollout.engine transformers"
-        )
-
-
-def whole_distribution(settings: SamplingSettings) -> bool:
-    """Whether nothing is cut off, so that vLLM's log-prob of a token is that of its softmax."""
-    return settings.temperature == 0 or (settings.top_p == 1 and settings.top_k == 0)

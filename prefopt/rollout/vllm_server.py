@@ -31,8 +31,12 @@ from prefopt.rollout.engine import (
     SamplingSettings,
     check_prompts,
     make_completion,
-    sample_key,
     settings_of_each,
+)
+from prefopt.rollout.vllm_requests import (
+    check_temperatures,
+    sampling_options,
+    whole_distribution,
 )
 
 if TYPE_CHECKING:
@@ -42,10 +46,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0  # vLLM raises what is below, refuses above
 SERVED_WITH = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
 OF_ITS_OWN = {  # what a request leaves open, a server fills in from its own defaults
-    "ignore_eos": True,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -78,6 +80,7 @@ class VLLMServerEngine:
     """
 
     continuous = True
+    elsewhere = True
 
     def __init__(
         self,
@@ -124,8 +127,7 @@ class VLLMServerEngine:
         """
         each = settings_of_each(settings, len(prompts))
         check_prompts(prompts, each, self.context_length)
-        for one in each:
-            _check_temperature(one.temperature)
+        check_temperatures(each)
         asked = [(i, k) for i, one in enumerate(each) for k in range(one.samples_per_prompt)]
 
         async def ask(client: httpx.AsyncClient, url: str, number: int) -> _Answer:
@@ -321,18 +323,8 @@ def request_body(
         sample: Which of the prompt's samples, from 0 on; ``first_sample`` is added.
         stop_token_ids: Tokens that end a completion.
     """
-    key = sample_key(settings.seed, prompt, settings.first_sample + sample)
-    return OF_ITS_OWN | {
-        "prompt": list(prompt),
-        "seed": key % 2**63,
-        "max_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
-        "stop_token_ids": list(stop_token_ids),
-        "return_token_ids": True,
-        "logprobs": 0,  # the sampled token's only
-    }
+    options = sampling_options(prompt, settings, settings.first_sample + sample, stop_token_ids)
+    return OF_ITS_OWN | options | {"prompt": list(prompt), "return_token_ids": True}
 
 
 def _read_answer(
@@ -350,8 +342,7 @@ def _read_answer(
             f"vllm: {url} ended a completion after {len(token_ids)} tokens, expected one of "
             f"{settings.max_new_tokens} or a stop token at its end: it has limits of its own"
         )
-    cut = settings.temperature > 0 and (settings.top_p < 1 or settings.top_k > 0)
-    return token_ids, None if cut else log_probs
+    return token_ids, log_probs if whole_distribution(settings) else None
 
 
 def _read_prompt_log_probs(url: str, answer: Any, sequence: Sequence[int]) -> list[float]:
@@ -384,11 +375,3 @@ def _check_url(url: str) -> str:
     if address.scheme not in ("http", "https") or not address.host:
         raise PrefoptError(f"vllm: {url!r} is no address: expected one like http://127.0.0.1:8000")
     return url.rstrip("/")
-
-
-def _check_temperature(temperature: float) -> None:
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
-        raise PrefoptError(
-            f"sampling: temperature is {temperature:g}, expected 0 (greedy) or a number from "
-            f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g} with vLLM"
-        )

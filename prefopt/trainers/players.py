@@ -8,7 +8,7 @@ shows there; without the look, training would go on with samples of another poli
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,7 +84,7 @@ def push(trainer: RoundTrainer, engine: PushedEngine, weights: Weights = nullcon
 def _gap(trainer: RoundTrainer, engine: PushedEngine) -> float:
     """The mean absolute difference of log-probs on some prompts, of the process that has most."""
     device = trainer.accelerator.device
-    probes = [[*ids[:PROBE_TOKENS], ids[0]] for ids in _first_prompts(trainer)]
+    probes = [ids[:PROBE_TOKENS] if len(ids) > 1 else [*ids, *ids] for ids in _prompts(trainer)]
     trees = [PromptTree(ids[:1], [ids[1:]]) for ids in probes]
     batch = collate_trees(trees, layout="separate").to(device)
     trainer.model_wrapped.eval()
@@ -95,6 +95,6 @@ def _gap(trainer: RoundTrainer, engine: PushedEngine) -> float:
     return trainer.accelerator.gather(gap[None]).max().item()
 
 
-def _first_prompts(trainer: RoundTrainer) -> Sequence[Sequence[int]]:
+def _prompts(trainer: RoundTrainer) -> list[list[int]]:
     ids = trainer.prompts.prompt_ids
-    return [ids[row] for row in range(min(PROBES, len(ids)))]
+    return [list(ids[row]) for row in range(min(PROBES, len(ids)))]

@@ -39,10 +39,10 @@ def gathered_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Raises:
         PrefoptError: An adapter is of a kind that is not a sum of weights.
     """
-    policy = extract_model_from_parallel(model)
+    policy = extract_model_from_parallel(model, keep_torch_compile=False)
     base = unwrap_peft(policy)
     adapted = {} if base is policy else _adapted_modules(base)
-    # FSDP2 has a hook here that puts the shards in place of what it may have left gathered
+    reshard(model)
     for name, weight in base.state_dict(keep_vars=True).items():
         parents = accumulate(name.split(".")[:-1], "{}.{}".format)
         at = next((parent for parent in parents if parent in adapted), None)
@@ -87,6 +87,13 @@ def whole_tensor(weight: Tensor) -> Tensor:
         with _gathered([weight]):
             return weight.detach().clone()
     return weight.detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Has FSDP2 put its shards in place of what a forward pass may have left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_partitioned(weight: Tensor) -> bool:

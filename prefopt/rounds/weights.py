@@ -18,13 +18,12 @@ from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
 from prefopt.errors import PrefoptError
-from prefopt.models.gathered import is_partitioned, whole_tensor
+from prefopt.models.gathered import is_partitioned, reshard, whole_tensor
 from prefopt.rounds.storage import atomic_directory
 
 FILE = "trainable.safetensors"
@@ -73,7 +72,7 @@ def exchanged(model: nn.Module, weights: Weights) -> Iterator[None]:
                 parameter.data = weights[name].to(parameter.dtype)
         yield
     finally:
-        _reshard(model)
+        reshard(model)
         for parameter, data in own:
             if _is_sharded(parameter):
                 _set_held(parameter, data)
@@ -124,15 +123,8 @@ def read_weights(model: nn.Module, folder: Path) -> Weights:
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, Parameter]]:
-    _reshard(model)
+    reshard(model)
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _reshard(model: nn.Module) -> None:
-    """Has FSDP2 put its shards in place of what a forward pass may have left gathered."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _is_sharded(parameter: Parameter) -> bool:
@@ -169,6 +161,7 @@ def _whole(parameter: Any, weight: Tensor) -> Tensor:
     """A kept weight as it was before it was sharded."""
     if not is_partitioned(parameter):
         return whole_tensor(weight)
+    weight = weight.to(parameter.device)  # partitions may be offloaded
     parts = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, weight)
     return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)

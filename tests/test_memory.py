@@ -119,11 +119,18 @@ def test_ddp_has_buckets_beside_its_gradients() -> None:
     assert state("ddp", 2)["weights"] == state("ddp", 1)["weights"]
 
 
-def test_an_adapter_has_no_gradients_of_all_weights() -> None:
-    adapted = state(lora=True, dtype=torch.bfloat16)
-    assert adapted["gradients"] == 4 * ADAPTER
-    assert adapted["optimiser"] == 8 * ADAPTER
-    assert adapted["weights"] == 2 * (2 * LAYER + ENDS) + 4 * ADAPTER
+@pytest.mark.parametrize(
+    ("strategy", "gradients", "optimiser"),
+    [("ddp", 4, 8), ("fsdp2", 4, 8), ("zero2", 2, 16), ("zero3", 2, 16)],
+)
+def test_an_adapter_has_no_gradients_of_all_weights(
+    strategy: str, gradients: int, optimiser: int
+) -> None:
+    adapted = state(strategy, lora=True, dtype=torch.bfloat16)
+    assert adapted["gradients"] == gradients * ADAPTER
+    assert adapted["optimiser"] == optimiser * ADAPTER
+    each = 2 if "zero" in strategy else 4  # DeepSpeed's adapter is bfloat16 too
+    assert adapted["weights"] == 2 * (2 * LAYER + ENDS) + each * ADAPTER
 
 
 @pytest.mark.parametrize(("name", "each"), [("nf4", 0.515869140625), ("int8", 1.0)])

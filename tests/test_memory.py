@@ -151,6 +151,18 @@ def test_optimisers_have_their_moments(optim: str, each: int) -> None:
     assert optimiser_bytes(optim, 1000, 4) == 1000 * each
 
 
+def test_only_what_operations_make_is_alive() -> None:
+    weight = torch.zeros(10, 10)
+    with _LiveBytes([weight]) as live:
+        view = weight.t()  # of what was there before
+        first = torch.ones(5)
+        del first
+        second = torch.ones(3)
+        assert live.now == second.nbytes
+    assert live.peak == 5 * 4
+    assert view.shape == weight.shape
+
+
 def real_peak(adapter: bool, checkpointing: bool, bf16: bool) -> int:
     """The peak of the same step on tensors with values."""
     real: Any = LlamaForCausalLM(CONFIG)

@@ -57,8 +57,13 @@ def strategy_of(path: Path) -> tuple[str, bool]:
     kind = config.distributed_type.value
     if kind == "DEEPSPEED":
         kind = f"ZERO-{config.deepspeed_config.get('zero_stage')}"
-    strategies = {"NO": "ddp", "MULTI_GPU": "ddp", "FSDP": "fsdp2", "ZERO-2": "zero2"}
-    strategies["ZERO-3"] = "zero3"
+    strategies = {
+        "NO": "ddp",
+        "MULTI_GPU": "ddp",
+        "FSDP": "fsdp2",
+        "ZERO-2": "zero2",
+        "ZERO-3": "zero3",
+    }
     if kind not in strategies:
         raise PrefoptError(f"{path}: found {kind}, expected one of {', '.join(strategies)}")
     return strategies[kind], config.mixed_precision == "bf16"
@@ -73,8 +78,8 @@ def launch_command(
         arguments: What ``prefopt`` is told, such as ``["train", "recipe.yaml", "--json"]``.
         config: A name that ships with prefopt, or a path.
         num_processes: Processes; None: as many as devices for a name, what the file at a path says.
-        devices: Accelerators of this machine. Without any, torchrun starts the processes on CPUs,
-            where accelerate would start one only.
+        devices: Accelerators of this machine. Without any, torchrun starts the processes on CPUs:
+            accelerate's ``--cpu`` starts one only where there is no mpirun.
 
     Raises:
         PrefoptError: The configuration is unknown, or not for this machine.

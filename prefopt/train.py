@@ -344,6 +344,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         result["rounds"] = trainer.reports()
     save_final(trainer, recipe)
     if main:
+        shutil.rmtree(folder / "weights", ignore_errors=True)  # what servers were pushed last
         atomic_write(summary, json.dumps(result, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()  # a process that exits early takes the others along
     return result

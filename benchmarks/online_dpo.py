@@ -174,11 +174,11 @@ def prefopt(task: Task) -> Iteration:
             temperature=TEMPERATURE,
             samples_per_prompt=SAMPLES,
         ),
-        engine=engine(task.engine, model, words_of),
+        engine=engine(task.engine, model, words_of, settings),
         processing_class=words_of,
     )
     iteration = Iteration(trainer)
-    source = trainer.collector.engine
+    source = trainer.engine
     generate = iteration.timed("generate", source.generate)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -192,13 +192,20 @@ def prefopt(task: Task) -> Iteration:
     return iteration
 
 
-def engine(name: str, model: nn.Module, words_of: Any) -> Any:
+def engine(name: str, model: Any, words_of: Any, settings: Settings) -> Any:
     """What prefopt samples with; None is its trainer's own."""
     if name == "transformers":
         return None
+    from prefopt.data.template import stop_token_ids
     from prefopt.rollout.vllm_engine import VLLMEngine
 
-    return VLLMEngine(model, words_of)
+    return VLLMEngine(
+        model.config,
+        words_of,
+        stop_token_ids=stop_token_ids(words_of, model.generation_config),
+        context_length=settings.config.max_position_embeddings,
+        dtype="float32",
+    )
 
 
 def trl(task: Task) -> Iteration:

@@ -284,9 +284,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from test_sharded import jobs, recipes
 
-faulthandler.dump_traceback_later(200, exit=True)  # one that waits in vain says where
-PartialState(cpu=True, backend="gloo")
 folder, kinds = Path(sys.argv[1]), sys.argv[2:]
+compiles = 240 if "zero2" in kinds else 0  # seconds, on the machine's first run
+faulthandler.dump_traceback_later(200 + compiles, exit=True)  # one that waits in vain says where
+PartialState(cpu=True, backend="gloo")
 jobs(folder, kinds)
 for kind in kinds:
     if kind != "ddp":

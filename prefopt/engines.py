@@ -13,7 +13,7 @@ from prefopt.data.template import stop_token_ids
 from prefopt.recipe import Recipe
 from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rollout.vllm_engine import VLLMEngine
-from prefopt.rollout.vllm_process import architectures, cannot_run
+from prefopt.rollout.vllm_process import cannot_run, cannot_serve
 from prefopt.rollout.vllm_requests import TEMPERATURES
 from prefopt.rollout.vllm_server import VLLMServerEngine
 
@@ -79,10 +79,8 @@ def unfit(model: PreTrainedModel, sampling: Sequence[SamplingSettings]) -> str |
             return f"vLLM does not sample at temperature {part.temperature}"
     if getattr(model, "quantization_method", None) is not None:
         return "quantised weights cannot be pushed to vLLM"
-    known = model.config.architectures or [type(model).__name__]
-    if not set(known) & architectures():
-        return f"vLLM does not know {known[0]}"
-    return None
+    problem = cannot_serve(model.config)
+    return f"vLLM cannot serve this model: {problem}" if problem else None
 
 
 def _precision(args: Any, model: PreTrainedModel) -> str:

@@ -28,7 +28,7 @@ from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rollout import Completion, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rollout.vllm_engine import VLLMEngine
-from prefopt.rollout.vllm_process import cannot_run
+from prefopt.rollout.vllm_process import cannot_run, cannot_serve
 from prefopt.rounds.store import Sample, read_rollouts
 from prefopt.train import read_recipe, train
 from prefopt.world import build_world
@@ -210,6 +210,22 @@ def test_weights_of_another_model_are_refused(pair: Any) -> None:
         engine.push([("model.layers.0.nothing.weight", torch.zeros(2, 2))])
     engine.push(gathered_weights(model))
     assert gap(model, engine) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 4}, r"heads have one of .*, and this model's 16; use"),
+        ({"architectures": ["NoneSuchForCausalLM"]}, "does not know NoneSuchForCausalLM"),
+    ],
+)
+def test_models_that_vllm_has_no_code_for_are_refused(
+    pair: Any, changes: dict[str, Any], message: str
+) -> None:
+    config = pair[0].config.__class__(**pair[0].config.to_dict() | {"head_dim": None} | changes)
+    with pytest.raises(PrefoptError, match=message):
+        VLLMEngine(config, TOKENIZER, stop_token_ids=[EOS], context_length=64, dtype="float32")
+    assert message.split(",")[0].split(" have")[0] in str(cannot_serve(config))
 
 
 def test_threads_and_noise_of_training_are_left_alone(pair: Any) -> None:

@@ -25,7 +25,7 @@ from prefopt.rollout.engine import (
     make_completion,
     settings_of_each,
 )
-from prefopt.rollout.vllm_process import start
+from prefopt.rollout.vllm_process import cannot_run, cannot_serve, start
 from prefopt.rollout.vllm_requests import (
     check_temperatures,
     sampling_options,
@@ -71,6 +71,10 @@ class VLLMEngine:
         self.context_length = context_length
         self.asleep = False
         self.requests = itertools.count()
+        if problem := cannot_run() or cannot_serve(config):
+            raise PrefoptError(
+                f"rollout.engine vllm: {problem}; use rollout.engine transformers or auto"
+            )
         cuda = torch.cuda.is_available()
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedConfig
 
 from prefopt.errors import PrefoptError
 
@@ -57,11 +58,24 @@ def cannot_run() -> str | None:
     return None
 
 
-def architectures() -> set[str]:
-    """The models that vLLM knows, by the name of their class in transformers."""
+def cannot_serve(config: PreTrainedConfig) -> str | None:
+    """What about a model vLLM has no code for; None if there is nothing, as far as can be told."""
     from vllm import ModelRegistry
 
-    return set(ModelRegistry.get_supported_archs())
+    known = set(ModelRegistry.get_supported_archs())
+    architectures = config.architectures or []
+    if architectures and not known & set(architectures):
+        return f"it does not know {architectures[0]}"
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    size = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    if heads and not torch.cuda.is_available():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if size not in sizes:
+            return f"on a CPU its heads have one of {sizes} dimensions, and this model's {size}"
+    return None
 
 
 def vllm_environment() -> None:

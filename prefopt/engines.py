@@ -14,7 +14,7 @@ from prefopt.recipe import Recipe
 from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rollout.vllm_engine import VLLMEngine
 from prefopt.rollout.vllm_process import cannot_run, cannot_serve
-from prefopt.rollout.vllm_requests import TEMPERATURES
+from prefopt.rollout.vllm_requests import TEMPERATURES, check_temperatures
 from prefopt.rollout.vllm_server import VLLMServerEngine
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def make_engine(
         name = "transformers" if why_not else "vllm"
     if name == "transformers":
         return None
+    check_temperatures(sampling)
     longest = max(len(prompts[i]) for i in range(len(prompts)))
     common: dict[str, Any] = {
         "stop_token_ids": stop_token_ids(tokenizer, model.generation_config),

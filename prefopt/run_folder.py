@@ -24,7 +24,7 @@ from prefopt.rounds.storage import atomic_write
 from prefopt.trainers.base import last_complete_checkpoint
 
 # where samples are drawn, and how weights get there, may change between two starts of a run
-PLACES = {"rollout.gpu_memory", "rollout.servers", "rollout.transfer"}
+PLACES = {"judge.gpu_memory", "rollout.gpu_memory", "rollout.servers", "rollout.transfer"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 

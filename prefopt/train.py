@@ -429,7 +429,7 @@ def make_trainer(
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
     model = _load_model(recipe, tokenizer, recipe.model.quantization)
-    if isinstance(args, RoundConfig) and more["sampling"]:
+    if isinstance(args, RoundConfig) and args.samples_drawn(recipe.rollout.samples_per_prompt):
         more["engine"] = make_engine(
             recipe, args, model, tokenizer, rows.train.prompt_ids, more["sampling"]
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -65,12 +67,12 @@ class Apart:
         self.log.append("push")
         self.model.load_state_dict(dict(weights))
 
-    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
         self.log.append("log_probs")
         trees = [PromptTree(ids[:1], [ids[1:]]) for ids in sequences]
         with torch.no_grad():
             values = token_log_probs_of(self.model, collate_trees(trees))
-        return [part.tolist() for part in values.split([len(ids) - 1 for ids in sequences])]
+        return [[part.tolist() for part in values.split([len(ids) - 1 for ids in sequences])]]
 
     def generate(
         self,
@@ -102,7 +104,8 @@ def test_pushed_weights_sample_as_live_ones_do(make: Make, algorithm: str, adapt
     engine = Apart()
     pushed = make("pushed", algorithm, engine=engine, **options)
     pushed.train()
-    assert engine.log == ["push", "log_probs", "generate", "release"] * 3
+    rounds = ["push", "log_probs", "generate", "release"] * 3
+    assert engine.log == ["push", "log_probs", *rounds], "other weights before the first"
     for index in range(3):
         ours, theirs = (samples(t.rounds_dir / f"{index:04d}") for t in (pushed, live))
         assert ours == theirs
@@ -120,7 +123,25 @@ def test_an_engine_is_asked_once_for_a_whole_round(make: Make) -> None:
         make(f"{kind}", rounds=2, prompts_per_shard=2, engine=engine).train()
     assert engines[True].log.count("generate") == 2
     assert engines[False].log.count("generate") == 6, "a call for each shard"
-    assert [engine.log.count("push") for engine in engines.values()] == [2, 2]
+    assert [engine.log.count("push") for engine in engines.values()] == [3, 3]
+
+
+def test_of_two_players_on_one_model_a_shard_is_kept_before_the_next(make: Make) -> None:
+    class Halting(TransformersEngine):
+        calls = 0
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == 4:
+                raise PrefoptError("stopped")
+            return super().generate(*args, **kwargs)
+
+    options = {"mode": "mirror_prox", "phase_rounds": 1, "rounds": 2, "prompts_per_shard": 2}
+    policy = tiny_policy()
+    trainer = make("run", "nash_mp", model=policy, engine=Halting(policy, TOKENIZER), **options)
+    with pytest.raises(PrefoptError, match="stopped"):
+        trainer.train()
+    assert len(list(trainer.rounds_dir.glob("0000/draw-0/rollouts-*"))) == 1
 
 
 def test_both_players_of_mirror_prox_sample_from_their_own_weights(make: Make) -> None:
@@ -140,25 +161,30 @@ def test_both_players_of_mirror_prox_sample_from_their_own_weights(make: Make) -
         assert samples(pushed.rounds_dir / f"{index:04d}") == samples(live / f"{index:04d}")
 
 
-class Sabotaged(Apart):
-    """Leaves one weight as it was."""
+class Forgetful(Apart):
+    """Begins with the policy's weights, as a server does, and never takes one of them over."""
 
     forgotten = ""
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        kept = {n: w for n, w in weights if n != self.forgotten or self.log.count("push") == 0}
+        if not self.log:
+            self.model.load_state_dict(tiny_policy().state_dict())
         self.log.append("push")
+        kept = {name: weight for name, weight in weights if name != self.forgotten}
         self.model.load_state_dict(kept, strict=False)
 
 
 @pytest.mark.parametrize("forgotten", ["lm_head.weight", "model.norm.weight"])
-def test_a_weight_that_is_forgotten_stops_the_run(make: Make, forgotten: str) -> None:
-    engine = Sabotaged()
-    engine.forgotten = forgotten
-    trainer = make(engine=engine, learning_rate=0.05, rounds=2)
-    with pytest.raises(PrefoptError, match=r"differ by [0-9.]+ nats a token \(at most 0.001"):
-        trainer.train()
-    assert not list(trainer.rounds_dir.glob("0001/draw-0/*")), "nothing was sampled from it"
+def test_a_weight_that_is_forgotten_stops_the_run_at_once(make: Make, forgotten: str) -> None:
+    """At any learning rate: here it would still be right, and later stale by next to nothing."""
+    engine = Forgetful()
+    trainer = make(engine=engine, learning_rate=5e-7)
+    trainer.train()
+    engine.forgotten, engine.log = forgotten, []
+    again = make("again", engine=engine, learning_rate=5e-7)
+    with pytest.raises(PrefoptError, match=r"differ by [0-9.]+ nats a token \(at most"):
+        again.train()
+    assert not list(again.rounds_dir.glob("0000/draw-0/*")), "nothing was sampled from it"
 
 
 def test_log_probs_that_are_no_numbers_stop_the_run(make: Make) -> None:
@@ -166,7 +192,7 @@ def test_log_probs_that_are_no_numbers_stop_the_run(make: Make) -> None:
         def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
             list(weights)
 
-    with pytest.raises(PrefoptError, match="differ by nan"):
+    with pytest.raises(PrefoptError, match="differ by inf"):
         make(engine=Empty()).train()
 
 
@@ -249,10 +275,12 @@ class Slow(TrainerCallback):
         time.sleep(0.15)
 
 
-def test_the_time_that_was_saved_is_said(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saving", ["no", "epoch"])
+def test_the_time_that_was_saved_is_said(make: Make, tmp_path: Path, saving: str) -> None:
     engine = Apart(elsewhere=True)
     engine.slow = 0.3
-    trainer = make(engine=engine, callbacks=[Slow()], save_strategy="no", **OVERLAP)
+    options = {"save_strategy": saving, "logging_steps": 100}
+    trainer = make(engine=engine, callbacks=[Slow()], **OVERLAP | options)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "time/saved" in line]
     assert len(lines) == 3
@@ -311,8 +339,47 @@ def test_a_failure_ahead_is_the_runs(make: Make) -> None:
                 raise PrefoptError("the server is gone")
             return super().generate(*args, **kwargs)
 
+    trainer = make(engine=Failing(elsewhere=True), save_strategy="epoch", **OVERLAP)
     with pytest.raises(PrefoptError, match="the server is gone"):
-        make(engine=Failing(elsewhere=True), **OVERLAP).train()
+        trainer.train()
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    assert checkpoint is not None, "what was trained is kept"
+    assert checkpoint.name == "checkpoint-2"
+
+
+def test_no_round_is_sampled_that_is_not_trained_on(make: Make) -> None:
+    engine = Apart(elsewhere=True)
+    trainer = make(engine=engine, max_steps=4, **OVERLAP)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert sorted(path.name for path in trainer.rounds_dir.glob("0*")) == ["0000", "0001"]
+
+
+def test_a_run_that_fails_does_not_wait_for_what_is_sampled(tmp_path: Path) -> None:
+    program = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_players import Apart, OVERLAP, make_trainer
+from transformers import TrainerCallback
+
+class Fail(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        engine.slow = 600
+        if kwargs.get("model") is not None and engine.log.count("generate") == 2:
+            raise RuntimeError("as training may")
+
+class Slow(Apart):
+    def generate(self, *args, **kwargs):
+        self.slow = 600 if "generate" in self.log else 0
+        return super().generate(*args, **kwargs)
+
+engine = Slow(elsewhere=True)
+make_trainer(Path({str(tmp_path)!r}), engine=engine, callbacks=[Fail()], **OVERLAP).train()
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "as training may" in result.stderr
 
 
 @pytest.mark.parametrize(

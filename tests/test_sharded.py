@@ -197,7 +197,7 @@ def uneven(trainer: RoundTrainer) -> float:
     """The norm of a gradient that is taken after the first process alone has sampled."""
     with whole_weights(trainer.model_wrapped):
         if PartialState().is_main_process:
-            trainer.collector.engine.generate([[5, 6, 7]], TWO)
+            trainer.engine.generate([[5, 6, 7]], TWO)
     trainer.model_wrapped.train()
     sequence_log_probs(trainer.model_wrapped, BATCH).mean().backward()
     norm = nn.utils.clip_grad_norm_(trainer.policy.parameters(), 1.0)

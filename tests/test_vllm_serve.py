@@ -226,7 +226,8 @@ def test_log_probs_of_given_sequences(engine: VLLMServerEngine) -> None:
     push(engine, model)
     sequences = [[5, 6], [9, 10, 11, 12, 2, 14, 15, 7, 17], [1] * 255]
     with torch.no_grad():
-        for sequence, found in zip(sequences, engine.log_probs(sequences), strict=True):
+        (said,) = engine.log_probs(sequences)
+        for sequence, found in zip(sequences, said, strict=True):
             logits = model(torch.tensor([sequence])).logits[0, :-1]
             wanted = logits.log_softmax(-1).gather(1, torch.tensor(sequence[1:])[:, None])[:, 0]
             assert (torch.tensor(found) - wanted).abs().max() < 1e-4

@@ -156,15 +156,15 @@ class PushedEngine(Engine, Protocol):
         """
         ...
 
-    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
         """The engine's log-prob of every token but the first, given those before it.
 
         Args:
             sequences: Token ids, two or more each.
 
         Returns:
-            For each sequence, one number in nats for each of its tokens from the second on, under
-            softmax(logits).
+            From each place that holds weights, one engine or all servers: for each sequence, one
+            number in nats for each of its tokens from the second on, under softmax(logits).
         """
         ...
 

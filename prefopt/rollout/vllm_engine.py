@@ -132,22 +132,25 @@ class VLLMEngine:
         Raises:
             PrefoptError: vLLM does not know a name, or a shape differs.
         """
-        if self.asleep:
-            self.llm.wake_up(tags=["weights"])
+        remaining = iter(weights)
         executor = self.llm.llm_engine.model_executor
         try:
-            executor.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            if self.asleep:
+                self.llm.wake_up(tags=["weights"])
+            executor.collective_rpc("reload_weights", kwargs={"weights_iterator": remaining})
         except (KeyError, ValueError, AssertionError, RuntimeError) as error:  # how it refuses them
+            for _ in remaining:
+                pass  # other processes take part in making them
             raise PrefoptError(
-                f"rollout.engine vllm: the policy's weights cannot be taken over ({error!r}); use "
-                "rollout.engine transformers for this model"
+                f"rollout.engine vllm: the policy's weights cannot be taken over ({error!r}); "
+                "lower rollout.gpu_memory if memory is short, or use rollout.engine transformers"
             ) from error
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         self.llm.reset_prefix_cache()
 
-    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
         """Log-probs of given tokens; see ``PushedEngine.log_probs``."""
         from vllm import SamplingParams
 
@@ -159,7 +162,7 @@ class VLLMEngine:
             answers[number] = [said[token].logprob for token, said in tokens]
 
         self._run([(sequence, how) for sequence in sequences], finished)
-        return answers
+        return [answers]
 
     def release(self) -> None:
         """Discards weights and cache and gives their memory back, on a GPU."""
@@ -182,12 +185,16 @@ class VLLMEngine:
             name = str(next(self.requests))
             numbers[name] = number
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, how)
-        # on a CPU vLLM draws from torch's own noise as well, and throws it away
-        with torch.random.fork_rng(devices=[]):
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        finished(numbers[output.request_id], output)
+        try:
+            # on a CPU vLLM draws from torch's own noise as well, and throws it away
+            with torch.random.fork_rng(devices=[]):
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            finished(numbers.pop(output.request_id), output)
+        finally:
+            if numbers:  # an error, of which the next call is to see nothing
+                engine.abort_request(list(numbers))
 
     def _completion(self, output: Any, settings: SamplingSettings) -> Completion:
         log_probs = None

@@ -133,7 +133,7 @@ def start(model: str, **options: Any) -> Any:
     # vLLM's own way to end would take all process groups along, those of training too
     llm.llm_engine.engine_core._finalizer.detach()
     core = llm.llm_engine.engine_core.engine_core
-    weakref.finalize(llm, core.model_executor.shutdown).atexit = False
+    weakref.finalize(llm, core.model_executor.shutdown)
     gc.unfreeze()  # vLLM hides all there is from the collector, its own memory too
     return llm
 

@@ -19,7 +19,6 @@ import httpx
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from torch import Tensor
 
 from prefopt.errors import PrefoptError
@@ -150,8 +149,10 @@ class VLLMServerEngine:
                         done(index, completions[index])
         return completions
 
-    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The servers' log-prob of every token but the first; see ``PushedEngine.log_probs``.
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+        """What every server says of the tokens but the first; see ``PushedEngine.log_probs``.
+
+        A server that is lost at the moment is left out, unless all are: then they are waited for.
 
         Raises:
             PrefoptError: If a sequence is as long as a server's ``--max-model-len``, or none
@@ -168,9 +169,21 @@ class VLLMServerEngine:
             answer = await self._call(client, "POST", f"{url}/v1/completions", body)
             return _read_prompt_log_probs(url, answer, sequences[number])
 
+        said: dict[str, list[list[float]]] = {}
+
+        async def ask_all(client: httpx.AsyncClient, url: str) -> None:
+            try:
+                await self._prepare(client, url)
+                said[url] = [await ask(client, url, n) for n in range(len(sequences))]
+            except ServerLostError as loss:
+                logger.warning("%s; its weights are not looked at", loss)
+
+        dispatch.on_each(self.servers, ask_all)
+        if said:
+            return list(said.values())
         with closing(self._answers(len(sequences), ask)) as answers:
             found = dict(answers)
-        return [found[number] for number in range(len(sequences))]
+        return [[found[number] for number in range(len(sequences))]]
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sends weights to all servers; all processes call this. See ``PushedEngine.push``.
@@ -187,7 +200,7 @@ class VLLMServerEngine:
         if state.is_main_process:
             try:
                 self._send(version, remaining, state.device)
-            except (PrefoptError, ServerLostError, OSError, SafetensorError) as error:
+            except Exception as error:  # noqa: BLE001 - TRL's client raises it bare
                 problem = f"weights were not taken over: {error}"
         for _ in remaining:
             pass  # other processes take part in making them

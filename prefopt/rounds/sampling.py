@@ -80,13 +80,22 @@ def sample_shards(
     def complete(shard: int) -> None:
         keep(shard, {position: samples[position] for position in shards[shard]})
 
-    for number, player in enumerate(sampler.players):
-        requests = _requests(sampler, number, seed, planned, shards)
-        one_by_one = [[r for r in requests if r.shard == shard] for shard in shards]
-        last = number == len(sampler.players) - 1
+    last = sampler.players[-1]
+    requests = [_requests(sampler, n, seed, planned, shards) for n in range(len(sampler.players))]
+    if len(sampler.players) > 1 and not last.engine.continuous:
+        # a shard at a time, so that it is kept before the next; two players on one live model are
+        # never sharded, and need no other process to be ready
+        for shard in shards:
+            for player, asked in zip(sampler.players, requests, strict=True):
+                with player.ready():
+                    call = [request for request in asked if request.shard == shard]
+                    _play(sampler, player, call, samples, complete if player is last else None)
+        return
+    for player, asked in zip(sampler.players, requests, strict=True):
+        one_by_one = [[r for r in asked if r.shard == shard] for shard in shards]
         with player.ready():
-            for call in [requests] if player.engine.continuous else one_by_one:
-                _play(sampler, player, call, samples, complete if last else None)
+            for call in [asked] if player.engine.continuous else one_by_one:
+                _play(sampler, player, call, samples, complete if player is last else None)
 
 
 def _play(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
+from threading import Thread
 from typing import TYPE_CHECKING, cast
 
 from prefopt.errors import PrefoptError
@@ -41,8 +42,8 @@ class Ahead:
                 "that train; use rollout.engine vllm_server, or set overlap to false"
             )
         self.trainer = trainer
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampling")
         self.running: Future[float] | None = None
+        self.seconds: dict[str, float] = {}
 
     def begin(self, index: int) -> None:
         """Pushes the policy as it is now, and has a round sampled from it; all processes call this.
@@ -58,26 +59,39 @@ class Ahead:
             push(trainer, cast(PushedEngine, trainer.engine))
             sampler = replace(trainer.collector.sampler, players=[Player(trainer.engine)])
             collector = replace(trainer.collector, sampler=sampler)
-            self.running = self.pool.submit(_timed, collector, drawing, own)
+            self.running = Future()
+            # a daemon: a run that fails ends at once, and what was sampled by then is on disk
+            work = (self.running, collector, drawing, own)
+            Thread(target=_run, args=work, name="sampling", daemon=True).start()
 
     def wait(self) -> dict[str, float]:
         """Waits until what was begun is on disk; all processes call this.
 
         Returns:
-            Seconds: ``time/ahead``, that sampling took beside training, and ``time/saved``, the
-            part of it that training did not wait for; nothing if nothing had begun.
+            Seconds of the round that was begun last: ``time/ahead``, that sampling took beside
+            training, and ``time/saved``, the part of it that training did not wait for.
+
+        Raises:
+            Exception: What sampling ended with.
         """
-        begun, seconds = time.perf_counter(), {}
-        if self.running is not None:
-            took = self.running.result()
-            waited = time.perf_counter() - begun
-            seconds = {"time/ahead": took, "time/saved": max(0.0, took - waited)}
+        begun, running = time.perf_counter(), self.running
+        if running is not None:
             self.running = None
+            took = running.result()
+            waited = time.perf_counter() - begun
+            self.seconds = {"time/ahead": took, "time/saved": max(0.0, took - waited)}
         self.trainer.accelerator.wait_for_everyone()
-        return seconds
+        return self.seconds
 
 
-def _timed(collector: Collector, drawing: Drawing, own: Sequence[int]) -> float:
+def _run(
+    running: Future[float], collector: Collector, drawing: Drawing, own: Sequence[int]
+) -> None:
+    """Samples some shards; the future has the seconds it took, or what it ended with."""
     begun = time.perf_counter()
-    sample(collector, drawing, own, lambda done: None)
-    return time.perf_counter() - begun
+    try:
+        sample(collector, drawing, own, lambda done: None)
+    except BaseException as error:  # noqa: BLE001 - the trainer raises it
+        running.set_exception(error)
+    else:
+        running.set_result(time.perf_counter() - begun)

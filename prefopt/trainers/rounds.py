@@ -144,6 +144,7 @@ class RoundTrainer(TreeTrainer):
             self.model, processing_class, batch_size=args.generation_batch_size
         )
         self.engine = engine
+        self.pushed = False  # whether the engine was ever sent weights
         self.collector = self.make_collector()
         self.ahead = Ahead(self) if args.overlap else None
         self.current: OpenRound | None = None
@@ -241,7 +242,8 @@ class RoundTrainer(TreeTrainer):
         path, main = self.rounds_dir / "start.json", self.accelerator.is_main_process
         if path.exists():
             found = json.loads(path.read_text())
-            different = [name for name, value in self.facts.items() if found.get(name) != value]
+            # what an older version did not write down is taken to be as it is now
+            different = [n for n, value in self.facts.items() if found.get(n, value) != value]
             if different:
                 raise PrefoptError(
                     f"{self.rounds_dir}: these rounds were begun with other {', '.join(different)};"
@@ -324,10 +326,9 @@ class RoundTrainer(TreeTrainer):
             self.before_sampling(index)
         if begins and self.ahead is not None:
             seconds |= self.ahead.wait()
+            self.ahead.seconds = {}
             facts["staleness"] = start - (self.current.start if self.current else start)
         seconds |= self.collect(index, folder)
-        if begins and self.ahead is not None and index + 1 < len(self.plan):
-            self.ahead.begin(index + 1)  # before training moves the weights
         (report,) = read_lines(folder / "round.json")
         self.reports_of.append(report)
         rows = self.rows_of_round(index)
@@ -338,6 +339,9 @@ class RoundTrainer(TreeTrainer):
             seed=(args.seed, index),
         )
         opened = OpenRound(index, start, self._steps(rows), order)
+        more = index + 1 < len(self.plan) and opened.end < args.max_steps
+        if begins and self.ahead is not None and more:
+            self.ahead.begin(index + 1)  # before training moves the weights
         if self.state.global_step < opened.end:
             self.dataset = self.round_dataset(index, moved=not begins)
             if begins:
@@ -369,11 +373,13 @@ class RoundTrainer(TreeTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is one to go on from: what the next round is sampled from is gone by then,
-        so its samples are waited for.
+        so its samples are waited for. If they fail, what was trained is saved all the same.
         """
-        if self.ahead is not None:
-            self.add_metrics({k: torch.tensor([v]) for k, v in self.ahead.wait().items()})
-        super()._save_checkpoint(model, trial)
+        try:
+            if self.ahead is not None:
+                self.ahead.wait()
+        finally:
+            super()._save_checkpoint(model, trial)
 
     # --- the learning rate -----------------------------------------------------------------------
 

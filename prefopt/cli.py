@@ -184,11 +184,21 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _launch(arguments: argparse.Namespace) -> NoReturn:
-    """Becomes the launcher of the same command; its exit status is the command's."""
+    """Becomes the launcher of the same command, once the recipe is known to be right.
+
+    The exit status is the launcher's: 1 for whatever a process ends with but 0.
+    """
+    if "RANK" in os.environ:
+        raise PrefoptError(
+            f"--num-processes: found rank {os.environ['RANK']} of processes that a launcher has "
+            "started already; leave --accelerate and --num-processes out"
+        )
     import torch
 
     from prefopt.launch import launch_command
+    from prefopt.train import read_recipe
 
+    read_recipe(arguments.recipe, arguments.overrides)
     words = ["train", arguments.recipe, *arguments.overrides]
     command = launch_command(
         [*words, "--json"] if arguments.json else words,

@@ -197,7 +197,7 @@ def _parts(
     counts = count(model)
     parts = state_bytes(counts, spread, dtype=dtype, quantization=quantization, **state)
     trained = counts.trained * (4 if lora is not None else dtype.itemsize)
-    parts["kept weights"] = kept_copies(args, recipe) * trained
+    parts["kept weights"] = _kept_bytes(args, recipe, counts.trained, trained, spread)
     activations = step_bytes(model, trees, **step) - step["keep_gradients"] * trained
     if isinstance(args, PPOConfig):
         critic = _trained(empty_model(config, classifier=True, dtype=torch.float32), args, lora)
@@ -207,14 +207,17 @@ def _parts(
         activations += step_bytes(critic, trees, values=True, **step)
         activations -= step["keep_gradients"] * 4 * sizes.trained
     notes: list[str] = []
-    parts["judge"] = _judge_bytes(recipe, args, notes)
+    parts["judge"] = _judge_bytes(recipe, args, machine, notes)
     tokens = sum(len(ids) for tree in trees for ids in tree.completions)
     vocabulary = 0 if classifier else config.get_text_config().vocab_size
     # the step was taken with the chunks of a CPU
     parts["activations"] = activations - logits_bytes(tokens, vocabulary, "cpu", bf16)
     parts["logits"] = logits_bytes(tokens, vocabulary, machine.device, bf16)
     if isinstance(args, RoundConfig):
-        parts |= _rollout_bytes(recipe, rows, machine, config, 2 if bf16 else dtype.itemsize)
+        each = 2 if bf16 else dtype.itemsize
+        parts |= _rollout_bytes(recipe, rows, machine, config, each)
+        if "sampling" in parts and spread.gathers:  # the policy is whole while it samples
+            parts["sampling"] += counts.total * each
     facts = {
         "parameters": counts.total,
         "trained": counts.trained,
@@ -249,24 +252,35 @@ def _rollout_bytes(
     recipe: Recipe, rows: Tokenized, machine: Machine, config: PreTrainedConfig, each: int
 ) -> dict[str, int]:
     rollout = recipe.rollout
+    if rollout.engine == "vllm_server":
+        return {}
     if rollout.engine == "transformers":
         longest = int(rows.prompt_ids.lengths.max()) + rollout.max_new_tokens
         return {"sampling": cache_bytes(config, rollout.batch_size, longest, each)}
-    share = getattr(rollout, "gpu_memory", None) or 0.0 if rollout.engine == "vllm" else 0.0
-    return {"vLLM": round(share * (machine.memory or 0))}
+    return {"vLLM": round(rollout.gpu_memory * (machine.memory or 0))}  # auto may choose it
 
 
-def _judge_bytes(recipe: Recipe, args: Any, notes: list[str]) -> int:
-    """The judge's weights, as they are stored."""
+def _kept_bytes(args: Any, recipe: Recipe, count: int, trained: int, spread: Spread) -> int:
+    """Copies of the trained weights; a moving target, and shards of any, are float32."""
+    copies = kept_copies(args, recipe)
+    moving = isinstance(args, NashMPConfig) and args.mode == "ema" and copies > 1
+    size = 4 * count if moving or spread.strategy == "fsdp2" else trained
+    return copies * size // (spread.processes if spread.gathers else 1)
+
+
+def _judge_bytes(recipe: Recipe, args: Any, machine: Machine, notes: list[str]) -> int:
+    """The judge's weights, as they are loaded; under vLLM its share of the device."""
     judge = recipe.judge
     if judge is None or not getattr(args, "asks", ()):
         return 0
+    if judge.engine == "vllm":
+        return round(judge.gpu_memory * (machine.memory or 0))
     try:
         config = load_config(judge.path)
     except PrefoptError:
         notes.append(f"not counted: the judge, since {judge.path} is not there yet")
         return 0
-    dtype = _dtype("auto", config)
+    dtype = _dtype(judge.dtype, config)
     classifier = judge.kind == "reward_model"
     model = empty_model(config, classifier=classifier, dtype=dtype)
     return count(model).total * dtype.itemsize

@@ -36,8 +36,8 @@ class VllmRewardModel(ScoreJudge):
     Args:
         path: A local folder or a Hub id.
         dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
-        gpu_memory: Share of the GPU's memory that vLLM takes; on a CPU it takes 1 GiB for keys and
-            values.
+        gpu_memory: Share of the GPU's memory that vLLM takes; on a CPU it takes 256 MiB for keys
+            and values.
 
     Raises:
         PrefoptError: vLLM is missing or cannot serve the model, or it is no reward model.

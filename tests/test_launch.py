@@ -136,7 +136,9 @@ def test_what_cannot_be_launched_is_refused(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_command_line_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_reaches_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     called: list[Any] = []
 
     def execv(path: str, command: list[str]) -> None:
@@ -144,13 +146,21 @@ def test_the_command_line_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) 
         raise SystemExit(7)  # as another program would end
 
     monkeypatch.setattr(os, "execv", execv)
-    words = ["train", "r.yaml", "seed=1", "--num-processes", "2", "trainer.beta=0.2", "--json"]
-    with pytest.raises(SystemExit) as ended:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: m}\ndata: {path: d}\ntrainer: {algorithm: dpo}\n")
+    words = ["train", str(recipe), "seed=1", "--num-processes", "2", "trainer.beta=0.2", "--json"]
+    with pytest.raises(SystemExit):
         main(words)
-    assert ended.value.code == 7
     ((path, command),) = called
     assert path == sys.executable
-    assert command[-6:] == ["prefopt", "train", "r.yaml", "seed=1", "trainer.beta=0.2", "--json"]
+    assert command[-6:] == ["prefopt", "train", str(recipe), "seed=1", "trainer.beta=0.2", "--json"]
+    # mistakes in a recipe are one line, before anything is started
+    assert main([*words, "trainer.betta=1"]) == 2
+    assert "did you mean 'trainer.beta'" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(words) == 2
+    assert "a launcher has started already" in capsys.readouterr().err
+    assert len(called) == 1
 
 
 def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:

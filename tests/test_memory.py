@@ -364,7 +364,24 @@ def test_a_share_of_the_device_is_vllms(recipe: Path) -> None:
     assert found == {"vLLM": 300}
     rollout = SimpleNamespace(engine="vllm_server")
     found = _rollout_bytes(SimpleNamespace(rollout=rollout), None, machine, None, 2)  # type: ignore[arg-type]
-    assert found == {"vLLM": 0}
+    assert found == {}
+    rollout = SimpleNamespace(engine="auto", gpu_memory=0.3)
+    found = _rollout_bytes(SimpleNamespace(rollout=rollout), None, machine, None, 2)  # type: ignore[arg-type]
+    assert found == {"vLLM": 300}, "which auto may choose"
+
+
+def test_kept_weights_are_spread_as_the_policy_is() -> None:
+    from prefopt.memory import _kept_bytes
+    from prefopt.trainers.nash_mp import NashMPConfig
+
+    recipe = SimpleNamespace(rollout=SimpleNamespace(samples_per_prompt=2))
+    moving = NashMPConfig(output_dir="x", kappa=0.1, use_cpu=True)
+    still = NashMPConfig(output_dir="x", kappa=1, use_cpu=True)
+    one, eight = Spread("ddp", 8), Spread("fsdp2", 8)
+    # 100 weights in bfloat16: the initial ones and a target, which is float32 as it moves
+    assert _kept_bytes(moving, recipe, 100, 200, one) == 2 * 400  # type: ignore[arg-type]
+    assert _kept_bytes(still, recipe, 100, 200, one) == 200  # type: ignore[arg-type]
+    assert _kept_bytes(moving, recipe, 100, 200, eight) == 2 * 400 // 8  # type: ignore[arg-type]
 
 
 def test_a_configuration_that_cannot_be_had_is_said(

@@ -531,7 +531,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def found(self: Trainer) -> None:
             make(self)
             setattr(self, f"is_{name}_enabled", True)
-            plugin = {f"{name}_plugin": SimpleNamespace(**settings)}
+            plugin = {f"{name}_plugin": SimpleNamespace(**settings), "mixed_precision": "no"}
             self.accelerator.state = SimpleNamespace(**vars(self.accelerator.state), **plugin)
 
         monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", found)
@@ -563,7 +563,7 @@ def test_an_opponent_is_not_sharded(pretend: Any, tmp_path: Path) -> None:
     with pytest.raises(PrefoptError, match="mirror_prox with FSDP"):
         make_trainer(tmp_path, "nash_mp", **two_phases)
     pretend("deepspeed", deepspeed_config={"zero_optimization": stage})
-    with pytest.raises(PrefoptError, match="mirror_prox with ZeRO-3"):
+    with pytest.raises(PrefoptError, match="mirror_prox with DeepSpeed"):
         make_trainer(tmp_path, "nash_mp", **two_phases)
     pretend("deepspeed", deepspeed_config={"zero_optimization": {"stage": 2}})
     make_trainer(tmp_path, "nash_mp", **two_phases)

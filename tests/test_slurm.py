@@ -50,12 +50,16 @@ def test_the_last_nodes_generate_and_the_others_train(tmp_path: Path) -> None:
     done = run(tmp_path, *arguments, MODEL="a/model", GENERATION_NODES="2", GPUS_PER_NODE="4")
     assert done.returncode == 3, done.stderr  # that of the training
     lines = (tmp_path / "log").read_text().splitlines()
-    serve = "vllm 1 serve a/model --host 0.0.0.0 --port 8000 --tensor-parallel-size 4"
+    serve = (
+        "vllm 1 serve a/model --host 0.0.0.0 --port 8000 --generation-config vllm "
+        "--logprobs-mode processed_logprobs --max-model-len 4096 --tensor-parallel-size 4"
+    )
     assert lines.count(serve) == 2
     for node in ("n3", "n4"):
         assert f"srun --nodes=1 --ntasks=1 --nodelist={node}" in lines
         assert f"curl http://{node}:8000/health" in lines
-    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist=n1,n2" in lines
+    train = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --nodelist=n1,n2"
+    assert train in lines
     (first,) = [line for line in lines if line.startswith("accelerate")]  # it failed at once
     assert shlex.split(first)[1:] == [
         "launch", "--machine_rank", "0", "--config_file", "recipes/accelerate/multinode.yaml",

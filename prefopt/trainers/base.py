@@ -212,12 +212,22 @@ class TreeTrainer(CompleteCheckpoints):
             processing_class=processing_class,
             **kwargs,
         )
+        self._check_precision()
         # tells Trainer that compute_loss divides by the whole global batch itself
         self.model_accepts_loss_kwargs = True
         self._metrics: dict[str, _Averages] = {"train": _Averages(), "eval": _Averages()}
         self._tokens, self._clock = 0, time.perf_counter()
         self._step: list[tuple[dict[str, Any], Tensor]] = []  # micro-batches and their losses
         self.add_callback(_Beginnings(self))
+
+    def _check_precision(self) -> None:
+        found = self.accelerator.mixed_precision
+        expected = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
+        if found != expected:
+            raise PrefoptError(
+                f"mixed_precision: found {found} in accelerate's configuration, but the trainer's "
+                f"bf16={self.args.bf16} and fp16={self.args.fp16}; make them agree"
+            )
 
     def tree_losses(
         self, model: nn.Module, inputs: dict[str, Any]

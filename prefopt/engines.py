@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.template import stop_token_ids
+from prefopt.data.tokenize import Ragged
 from prefopt.recipe import Recipe
 from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rollout.vllm_engine import VLLMEngine
@@ -25,7 +26,7 @@ def make_engine(
     args: Any,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Ragged,
     sampling: Sequence[SamplingSettings],
 ) -> Engine | None:
     """The engine that a recipe asks for; None: transformers' on the trainer's own model.
@@ -51,10 +52,10 @@ def make_engine(
     if name == "transformers":
         return None
     check_temperatures(sampling)
-    longest = max(len(prompts[i]) for i in range(len(prompts)))
     common: dict[str, Any] = {
         "stop_token_ids": stop_token_ids(tokenizer, model.generation_config),
-        "context_length": longest + max(part.max_new_tokens for part in sampling),
+        "context_length": int(prompts.lengths.max())
+        + max(part.max_new_tokens for part in sampling),
     }
     if name == "vllm":
         dtype = _precision(args, model)

@@ -566,7 +566,9 @@ def test_an_opponent_is_not_sharded(pretend: Any, tmp_path: Path) -> None:
     with pytest.raises(PrefoptError, match="mirror_prox with DeepSpeed"):
         make_trainer(tmp_path, "nash_mp", **two_phases)
     pretend("deepspeed", deepspeed_config={"zero_optimization": {"stage": 2}})
-    make_trainer(tmp_path, "nash_mp", **two_phases)
+    with pytest.raises(PrefoptError, match="mirror_prox with DeepSpeed"):
+        make_trainer(tmp_path, "nash_mp", **two_phases)
+    make_trainer(tmp_path / "ema", "nash_mp", rounds=2, prompts_per_round=4)
 
 
 def test_the_first_fsdp_is_refused(pretend: Any, tmp_path: Path) -> None:

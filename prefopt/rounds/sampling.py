@@ -160,7 +160,7 @@ def _requests(
                     part, seed=_number(f"{seed}/{again[position]}"), first_sample=first
                 )
                 first += part.samples_per_prompt
-                begun = [([], settings)]
+                begun: list[tuple[list[int], SamplingSettings]] = [([], settings)]
                 if sampler.resets is not None:
                     begun = sampler.resets.begin(row, settings)
                 requests += [_Request(shard, position, prompt, *each) for each in begun]

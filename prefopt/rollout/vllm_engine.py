@@ -80,6 +80,7 @@ class VLLMEngine:
             config.save_pretrained(folder)
             self.llm = start(
                 folder,
+                called="the policy",
                 skip_tokenizer_init=True,
                 load_format="dummy",
                 dtype=dtype,

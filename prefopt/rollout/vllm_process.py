@@ -101,11 +101,12 @@ def _installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def start(model: str, **options: Any) -> Any:
+def start(model: str, *, called: str = "", **options: Any) -> Any:
     """A vLLM engine in this process that leaves the process's own things alone.
 
     Args:
         model: A folder with a configuration, and with weights unless ``load_format`` is dummy.
+        called: What an error calls it; by default the folder.
         **options: What else ``vllm.LLM`` takes.
 
     Raises:
@@ -127,8 +128,8 @@ def start(model: str, **options: Any) -> Any:
     except (ValueError, RuntimeError, AssertionError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]  # these are how vLLM refuses models
         raise PrefoptError(
-            f"vLLM cannot serve {model} ({type(error).__name__}: {reason}); use the engine "
-            "transformers, or change gpu_memory if memory is short"
+            f"vLLM cannot serve {called or model} ({type(error).__name__}: {reason}); use the "
+            "engine transformers, or change gpu_memory if memory is short"
         ) from error
     # vLLM's own way to end would take all process groups along, those of training too
     llm.llm_engine.engine_core._finalizer.detach()

@@ -14,6 +14,8 @@ from dataclasses import replace
 from threading import Thread
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import PushedEngine
 from prefopt.rounds.collect import Collector, Drawing, first_drawing, sample, undone
@@ -72,15 +74,22 @@ class Ahead:
             training, and ``time/saved``, the part of it that training did not wait for.
 
         Raises:
-            Exception: What sampling ended with.
+            BaseException: What sampling ended with, here or in another process.
         """
-        begun, running = time.perf_counter(), self.running
+        begun, running, accelerator = time.perf_counter(), self.running, self.trainer.accelerator
+        problem = running.exception() if running is not None else None
+        waited = time.perf_counter() - begun
+        # all processes end alike: what they do next, such as a checkpoint, they do together
+        failed = torch.tensor([float(problem is not None)], device=accelerator.device)
+        failures = accelerator.reduce(failed, "sum").item()
+        self.running = None
+        if problem is not None:
+            raise problem
+        if failures:
+            raise PrefoptError("overlap: another process could not sample; its error says why")
         if running is not None:
-            self.running = None
             took = running.result()
-            waited = time.perf_counter() - begun
             self.seconds = {"time/ahead": took, "time/saved": max(0.0, took - waited)}
-        self.trainer.accelerator.wait_for_everyone()
         return self.seconds
 
 

@@ -27,6 +27,7 @@ from prefopt.rollout.engine import (
 )
 from prefopt.rollout.vllm_process import cannot_run, cannot_serve, start
 from prefopt.rollout.vllm_requests import (
+    Gathered,
     check_temperatures,
     sampling_options,
     whole_distribution,
@@ -113,19 +114,14 @@ class VLLMEngine:
             for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
             for sample in range(own.first_sample, own.first_sample + own.samples_per_prompt)
         ]
-        found: list[dict[int, Completion]] = [{} for _ in prompts]
-        answers: list[list[Completion]] = [[] for _ in prompts]
+        gathered = Gathered(each, done)
 
         def finished(number: int, output: Any) -> None:
             index = asked[number][0]
-            found[index][number] = self._completion(output.outputs[0], each[index])
-            if len(found[index]) == each[index].samples_per_prompt:
-                answers[index] = [completion for _, completion in sorted(found[index].items())]
-                if done is not None:
-                    done(index, answers[index])
+            gathered.add(index, number, self._completion(output.outputs[0], each[index]))
 
         self._run([(prompt, how) for _, prompt, how in asked], finished)
-        return answers
+        return gathered.completions
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights; see ``PushedEngine.push``.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefopt.errors import PrefoptError
-from prefopt.rollout.engine import SamplingSettings, sample_key
+from prefopt.rollout.engine import Completion, Done, SamplingSettings, sample_key
 
 TEMPERATURES = (0.01, 2.0)  # vLLM raises what is below and refuses what is above
 
@@ -32,6 +32,32 @@ def sampling_options(
         "ignore_eos": True,
         "logprobs": 0,  # the drawn token's only
     }
+
+
+class Gathered:
+    """The completions of a call, which come in any order, each prompt told of as it is finished.
+
+    Args:
+        settings: Those of each prompt.
+        done: As for ``Engine.generate``.
+
+    Attributes:
+        completions: Of each prompt that is finished, in the order of its samples.
+    """
+
+    def __init__(self, settings: Sequence[SamplingSettings], done: Done | None) -> None:
+        self.completions: list[list[Completion]] = [[] for _ in settings]
+        self._settings, self._done = settings, done
+        self._found: list[dict[int, Completion]] = [{} for _ in settings]
+
+    def add(self, index: int, sample: int, completion: Completion) -> None:
+        """Takes one sample of a prompt."""
+        found = self._found[index]
+        found[sample] = completion
+        if len(found) == self._settings[index].samples_per_prompt:
+            self.completions[index] = [found[number] for number in sorted(found)]
+            if self._done is not None:
+                self._done(index, self.completions[index])
 
 
 def check_temperatures(settings: Sequence[SamplingSettings]) -> None:

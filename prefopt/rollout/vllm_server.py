@@ -33,6 +33,7 @@ from prefopt.rollout.engine import (
     settings_of_each,
 )
 from prefopt.rollout.vllm_requests import (
+    Gathered,
     check_temperatures,
     sampling_options,
     whole_distribution,
@@ -135,19 +136,14 @@ class VLLMServerEngine:
             answer = await self._call(client, "POST", f"{url}/v1/completions", body)
             return _read_answer(url, answer, each[index], self.stop_token_ids)
 
-        found: list[dict[int, Completion]] = [{} for _ in prompts]
-        completions: list[list[Completion]] = [[] for _ in prompts]
+        gathered = Gathered(each, done)
         with closing(self._answers(len(asked), ask)) as answers:
             for number, (token_ids, log_probs) in answers:
-                index, sample = asked[number]
-                found[index][sample] = make_completion(
+                completion = make_completion(
                     token_ids, self.stop_token_ids, self.tokenizer, log_probs
                 )
-                if len(found[index]) == each[index].samples_per_prompt:
-                    completions[index] = [found[index][k] for k in sorted(found[index])]
-                    if done is not None:
-                        done(index, completions[index])
-        return completions
+                gathered.add(*asked[number], completion)
+        return gathered.completions
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
         """What every server says of the tokens but the first; see ``PushedEngine.log_probs``.

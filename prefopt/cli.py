@@ -8,10 +8,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from prefopt import __version__
 from prefopt.errors import PrefoptError
+from prefopt.eval.command import add_decoding, add_measures, count
 
 # their defaults, which depend on beta, stand in prefopt/games/trajectory.py and docs/games.md
 GAME_SETTINGS = {
@@ -69,11 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prefopt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.add_argument("--json", action="store_true", help="print the result as JSON")
-        added.set_defaults(run=run)
-        return added
+    command = partial(_sub_command, commands)
 
     quick = command("quickstart", _quickstart, "Train and compare all algorithms on a small world.")
     quick.add_argument("--seed", type=int, default=0)
@@ -92,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help="ddp, fsdp2, zero2, zero3 or an accelerate file (docs/scaling.md)",
         )
-        added.add_argument("--num-processes", type=_count, metavar="N", help="processes in all")
+        added.add_argument("--num-processes", type=count, metavar="N", help="processes in all")
         if name == "check":
             added.add_argument("--device-memory", type=float, metavar="GIB", help="of one device")
 
@@ -101,32 +99,20 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", help="JSONL, Parquet or a Hub id (docs/data.md)")
     generate.add_argument("--out", required=True, help="JSONL file to write")
     generate.add_argument("--split", default="train")
-    generate.add_argument("--limit", type=_count, help="use the first N prompts only")
+    generate.add_argument("--limit", type=count, help="use the first N prompts only")
     generate.add_argument("--samples", type=int, default=1, help="answers a prompt")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--max-new-tokens", type=int, default=512)
-    generate.add_argument("--batch-size", type=int, default=64, help="answers at a time")
-    generate.add_argument("--seed", type=int, default=0)
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    generate.add_argument("--dtype", default="auto", choices=dtypes)
-    generate.add_argument("--chat-template", help="Jinja file that replaces the model's template")
+    add_decoding(generate, temperature=1.0, max_new_tokens=512)
 
-    evaluate = command("eval", _win_rate, "Win rate of one file of answers over another.")
-    evaluate.add_argument("measure", choices=["win-rate"])
-    evaluate.add_argument("model", help="answers as `prefopt generate` writes them")
-    evaluate.add_argument("baseline", help="answers to the same prompts")
-    evaluate.add_argument("--judge", required=True, help="folder or Hub id of the judge")
-    kinds = ["reward_model", "preference_model"]
-    evaluate.add_argument("--judge-kind", default=kinds[0], choices=kinds)
+    text = "Evaluate models and judges."
+    add_measures(commands.add_parser("eval", help=text, description=text), _sub_command)
 
     game = command("game", _game, "Play algorithms on a matrix game, exactly (docs/games.md).")
     game.add_argument("--payoff", required=True, help="JSON list of rows: P(row beats column)")
     game.add_argument("--reference", help="JSON list of probabilities; default: uniform")
     game.add_argument("--algorithm", required=True, help="one, or several separated by commas")
     game.add_argument("--beta", type=float, help="weight of the KL to the reference; default: 0.1")
-    game.add_argument("--steps", type=_count, default=100)
+    game.add_argument("--steps", type=count, default=100)
     for name, text in GAME_SETTINGS.items():
         game.add_argument(f"--{name}", type=float, help=text)
     game.add_argument("--plot", metavar="FILE.png", help="draw the distances against queries")
@@ -137,10 +123,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
+def _sub_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    added.add_argument("--json", action="store_true", help="print the result as JSON")
+    added.set_defaults(run=run)
+    return added
 
 
 def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -218,23 +205,6 @@ def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
         print(
             f"{result['completions']} answers to {result['prompts']} prompts in {result['out']}; "
             f"mean length {result['mean_length']:.1f} tokens, {result['finished']:.0%} finished"
-        )
-    return result
-
-
-def _win_rate(arguments: argparse.Namespace) -> dict[str, Any]:
-    quiet_libraries()
-    from prefopt.eval.compare import compare_files
-
-    result = compare_files(
-        arguments.model, arguments.baseline, arguments.judge, arguments.judge_kind
-    )
-    if not arguments.json:
-        low, high = result["win_rate_ci"]
-        print(
-            f"win rate {result['win_rate']:.1f} % (95 % interval {low:.1f}-{high:.1f}) on "
-            f"{result['prompts']} prompts; mean length {result['mean_length']:.0f} against "
-            f"{result['baseline_mean_length']:.0f} characters"
         )
     return result
 

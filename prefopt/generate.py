@@ -19,9 +19,51 @@ from prefopt.data.template import check_tokenizer
 from prefopt.data.tokenize import tokenize_prompts
 from prefopt.errors import PrefoptError
 from prefopt.models.load import load_policy, load_tokenizer
-from prefopt.rollout.engine import Completion, Engine, SamplingSettings
+from prefopt.rollout.engine import Completion, Done, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.storage import atomic_write
+
+
+class Generator:
+    """A model with its tokenizer that answers prompts given as text or messages.
+
+    Args:
+        model: A local folder or a Hub id.
+        dtype: ``auto`` keeps the checkpoint's type; else float32, bfloat16 or float16.
+        chat_template: A Jinja file that replaces the model's template.
+        batch_size: Answers generated at a time.
+
+    Raises:
+        PrefoptError: The model or its tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        chat_template: str | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.tokenizer = load_tokenizer(model, chat_template=chat_template)
+        policy = load_policy(model, dtype=dtype)
+        policy.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.engine = TransformersEngine(policy, self.tokenizer, batch_size=batch_size)
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings | Sequence[SamplingSettings],
+        done: Done | None = None,
+    ) -> list[list[Completion]]:
+        """The completions of each prompt under a progress bar on stderr; see `Engine.generate`.
+
+        Raises:
+            PrefoptError: The tokenizer lacks what such prompts need, or a prompt is too long.
+        """
+        check_tokenizer(self.tokenizer, conversational=not isinstance(prompts[0], str))
+        ids = tokenize_prompts(prompts, self.tokenizer, max_prompt_length=None).prompt_ids
+        return generate_with_progress(self.engine, list(ids), settings, done)
 
 
 def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -40,16 +82,16 @@ def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if Path(arguments.out).is_dir():
         raise PrefoptError(f"--out: {arguments.out} is a folder, expected a file to write")
-    tokenizer = load_tokenizer(arguments.model, chat_template=arguments.chat_template)
     located = islice(read_rows(arguments.prompts, split=arguments.split), arguments.limit)
     prompts, _ = validate(located, parse_prompt)
-    check_tokenizer(tokenizer, conversational=not isinstance(prompts[0], str))
-    tokenized = tokenize_prompts(prompts, tokenizer, max_prompt_length=None)
-    model = load_policy(arguments.model, dtype=arguments.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    engine = TransformersEngine(model, tokenizer, batch_size=arguments.batch_size)
-    answers = generate_with_progress(engine, list(tokenized.prompt_ids), settings)
-    write_completions(Path(arguments.out), tokenized.prompt, answers)
+    generator = Generator(
+        arguments.model,
+        dtype=arguments.dtype,
+        chat_template=arguments.chat_template,
+        batch_size=arguments.batch_size,
+    )
+    answers = generator.answer(prompts, settings)
+    write_completions(Path(arguments.out), prompts, answers)
     every = [answer for group in answers for answer in group]
     return {
         "prompts": len(answers),
@@ -61,13 +103,21 @@ def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate_with_progress(
-    engine: Engine, prompts: Sequence[Sequence[int]], settings: SamplingSettings
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings | Sequence[SamplingSettings],
+    done: Done | None = None,
 ) -> list[list[Completion]]:
     """``engine.generate`` under a rich progress bar on stderr."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        total = len(prompts) * settings.samples_per_prompt
-        task = bar.add_task("generate", total=total)
-        return engine.generate(prompts, settings, done=lambda _, done: bar.advance(task, len(done)))
+        task = bar.add_task("generate", total=len(prompts))
+
+        def finished(index: int, completions: list[Completion]) -> None:
+            bar.advance(task)
+            if done is not None:
+                done(index, completions)
+
+        return engine.generate(prompts, settings, done=finished)
 
 
 def write_completions(
@@ -75,17 +125,19 @@ def write_completions(
 ) -> None:
     """One JSON line an answer: prompt, sample, completion (text), finish_reason, tokens."""
     lines = [
-        json.dumps(
-            {
-                "prompt": prompt,
-                "sample": sample,
-                "completion": answer.text,
-                "finish_reason": answer.finish_reason,
-                "tokens": len(answer.token_ids),
-            },
-            ensure_ascii=False,
-        )
+        json.dumps(completion_row(prompt, sample, answer), ensure_ascii=False)
         for prompt, group in zip(prompts, answers, strict=True)
         for sample, answer in enumerate(group)
     ]
     atomic_write(path, "".join(line + "\n" for line in lines))
+
+
+def completion_row(prompt: Prompt, sample: int, answer: Completion) -> dict[str, Any]:
+    """A line of a file of answers."""
+    return {
+        "prompt": prompt,
+        "sample": sample,
+        "completion": answer.text,
+        "finish_reason": answer.finish_reason,
+        "tokens": len(answer.token_ids),
+    }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -41,6 +43,20 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_appended(path: Path) -> list[Any]:
+    """The values of a file of JSON lines to which lines are added one by one.
+
+    What a killed process left of a last line is cut off, so that the next line begins as one.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        atomic_write(path, whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def remove_partial(folder: Path) -> None:

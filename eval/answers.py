@@ -1,0 +1,294 @@
+"""Answers to prompts: read from files, or made by a model and kept as they are made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.rows import Prompt, parse_prompt, validate
+from prefopt.data.sources import SUFFIXES, Row, read_rows
+from prefopt.errors import DataError, PrefoptError
+from prefopt.generate import Generator, completion_row
+from prefopt.rollout.engine import Completion, SamplingSettings
+from prefopt.rounds.log_probs import weights_fingerprint
+from prefopt.rounds.storage import atomic_write, read_appended
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        prompt: Text, or messages that end with the user's.
+        sample: Which of several answers to the prompt it is, from 0.
+        text: The answer.
+        dataset: Where the prompt comes from, as AlpacaEval's files say; else empty.
+    """
+
+    prompt: Prompt
+    sample: int
+    text: str
+    dataset: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What an answer and its counterpart have in common."""
+        return json.dumps(self.prompt, sort_keys=True), self.sample
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one model.
+
+    Attributes:
+        name: The model's name.
+        rows: Its answers, in the file's order; no two have the same prompt and sample.
+        decoding: How they were made, where that is known.
+    """
+
+    name: str
+    rows: list[Answer]
+    decoding: dict[str, Any] | None = None
+
+    def by_key(self) -> dict[Key, Answer]:
+        """The answers under their prompt and sample."""
+        return {row.key: row for row in self.rows}
+
+
+def is_answers_file(model: str) -> bool:
+    """Whether a name on the command line means a file of answers and not a model."""
+    return Path(model).is_file() or model.endswith(SUFFIXES)
+
+
+def read_answers(path: str | Path) -> Answers:
+    """Reads what `prefopt generate` writes, or AlpacaEval's ``model_outputs.json``.
+
+    The first has the columns prompt, sample and completion, the second instruction, output and
+    generator (https://github.com/tatsu-lab/alpaca_eval); both may be JSON, JSON lines or Parquet.
+
+    Raises:
+        PrefoptError: The file cannot be read, a row is neither, or one is there twice.
+    """
+    rows: list[Answer] = []
+    names: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    keys: set[Key] = set()
+    for where, row in read_rows(path):
+        answer = _read_row(row, where, seen)
+        if answer.key in keys:
+            raise DataError(where, "prompt", "answered before in this file with the same sample")
+        keys.add(answer.key)
+        names[str(row.get("generator") or Path(path).name.split(".")[0])] += 1
+        rows.append(answer)
+    if len(names) > 1:
+        raise PrefoptError(
+            f"{path}: found answers of {len(names)} generators ({', '.join(sorted(names)[:3])}, "
+            "...), expected those of one; split the file"
+        )
+    return Answers(next(iter(names)), rows)
+
+
+def _read_row(row: Row, where: str, seen: Counter[str]) -> Answer:
+    if "instruction" not in row:
+        text = _text(row, where, "completion")
+        return Answer(parse_prompt(row, where), row.get("sample", 0), text)
+    instruction = _text(row, where, "instruction")
+    sample = row.get("sample", seen[instruction])
+    seen[instruction] += 1
+    prompt = [{"role": "user", "content": instruction}]
+    return Answer(prompt, sample, _text(row, where, "output"), str(row.get("dataset") or ""))
+
+
+def _text(row: Row, where: str, column: str) -> str:
+    if not isinstance(row.get(column), str):
+        raise DataError(where, column, f"found {row.get(column)!r}, expected text")
+    text: str = row[column]
+    return text
+
+
+def write_model_outputs(path: Path, answers: Answers) -> None:
+    """Writes AlpacaEval's ``model_outputs.json``; prompts of several messages stand as text."""
+    rows = [
+        {
+            "dataset": row.dataset,
+            "instruction": instruction_of(row.prompt),
+            "output": row.text,
+            "generator": answers.name,
+        }
+        for row in answers.rows
+    ]
+    atomic_write(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+
+
+def instruction_of(prompt: Prompt) -> str:
+    """A prompt as one text: the user's message, or a conversation with its roles named."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def read_prompts(path: str, split: str = "train", limit: int | None = None) -> list[Prompt]:
+    """The prompts of a file, a folder or a data set on the Hub.
+
+    Raises:
+        PrefoptError: It cannot be read, or a row holds no prompt.
+    """
+
+    def parse(row: Row, where: str) -> Prompt:
+        if isinstance(row.get("instruction"), str):
+            return [{"role": "user", "content": row["instruction"]}]
+        return parse_prompt(row, where)
+
+    prompts, _ = validate(islice(read_rows(path, split=split), limit), parse)
+    return prompts
+
+
+def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
+    """The options on decoding as sampling settings."""
+    return SamplingSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+
+
+def generator_of(model: str, arguments: argparse.Namespace) -> Generator:
+    """Loads a model with the command's options."""
+    return Generator(
+        model,
+        dtype=arguments.dtype,
+        chat_template=arguments.chat_template,
+        batch_size=arguments.batch_size,
+    )
+
+
+def answers_of(
+    model: str,
+    prompts: Sequence[Prompt],
+    arguments: argparse.Namespace,
+    path: Path,
+    name: str | None = None,
+) -> Answers:
+    """The answers in a file, or those of a model, one to each prompt.
+
+    Args:
+        model: A file of answers, a folder with a model, or a Hub id.
+        prompts: What a model answers.
+        arguments: The command's options on decoding.
+        path: Where a model's answers are kept, see `sample_to_file`.
+        name: What to call a model; default: its folder's name (of ``RUN/final``, RUN's).
+
+    Raises:
+        PrefoptError: Neither can be read, or ``path`` holds the answers of another model.
+    """
+    if is_answers_file(model):
+        return read_answers(model)
+    settings = settings_of(arguments)
+    completions, record = sample_to_file(generator_of(model, arguments), prompts, settings, path)
+    rows = [
+        Answer(prompt, 0, group[0]["completion"])
+        for prompt, group in zip(prompts, completions, strict=True)
+    ]
+    return Answers(name or model_name(model), rows, record)
+
+
+def model_name(model: str) -> str:
+    """A short name for a model's path."""
+    parts = [part for part in Path(model).parts if part not in ("/", "final", "..", ".")]
+    return parts[-1] if parts else model
+
+
+def sample_to_file(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings | Sequence[SamplingSettings],
+    path: Path,
+) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:
+    """Has a model answer prompts; what it has answered survives a killed process.
+
+    Args:
+        generator: The model.
+        prompts: The prompts.
+        settings: How to decode: the same for all prompts, or one for each.
+        path: JSON lines as `prefopt generate` writes them, with the prompt's ``index``. A line is
+            added as soon as a prompt is answered, and not asked for again. Beside it,
+            ``NAME.decoding.json`` says what made them.
+
+    Returns:
+        The rows of each prompt's answers, and what made them.
+
+    Raises:
+        PrefoptError: The file holds answers of another model, to other prompts or otherwise
+            decoded.
+    """
+    parts = [settings] if isinstance(settings, SamplingSettings) else list(settings)
+    record = {
+        "weights": weights_fingerprint(generator.engine.model),
+        "prompts": sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
+        "sampling": [asdict(part) for part in dict.fromkeys(parts)],
+        "chat_template": generator.tokenizer.chat_template,
+    }
+    stated = path.with_name(f"{path.name.removesuffix('.jsonl')}.decoding.json")
+    if stated.exists() and path.exists():
+        _check_record(path, json.loads(stated.read_text()), record)
+    else:
+        path.unlink(missing_ok=True)
+        atomic_write(stated, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    each = parts * len(prompts) if len(parts) == 1 else parts
+    groups = _read_answered(path, [part.samples_per_prompt for part in each])
+    missing = [index for index in range(len(prompts)) if index not in groups]
+    if missing:
+        _write_rows(path, groups)
+        with path.open("a", encoding="utf-8") as file:
+
+            def keep(position: int, completions: list[Completion]) -> None:
+                index = missing[position]
+                groups[index] = [
+                    {"index": index, **completion_row(prompts[index], sample, completion)}
+                    for sample, completion in enumerate(completions)
+                ]
+                file.write(_as_lines(groups[index]))
+                file.flush()
+
+            generator.answer(
+                [prompts[index] for index in missing], [each[index] for index in missing], done=keep
+            )
+        _write_rows(path, groups)
+    return [groups[index] for index in range(len(prompts))], record
+
+
+def _write_rows(path: Path, groups: dict[int, list[dict[str, Any]]]) -> None:
+    atomic_write(path, "".join(_as_lines(groups[index]) for index in sorted(groups)))
+
+
+def _as_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _check_record(path: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
+    different = sorted(key for key in record if found.get(key) != record[key])
+    if different:
+        raise PrefoptError(
+            f"{path}: these answers were made with other {', '.join(different)}; delete the file "
+            "to make them anew, or choose another --out"
+        )
+
+
+def _read_answered(path: Path, samples: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+    """The prompts that a file answers with as many samples as they are to have."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in read_appended(path):
+        groups.setdefault(row["index"], []).append(row)
+    return {index: rows for index, rows in groups.items() if len(rows) == samples[index]}

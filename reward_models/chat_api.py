@@ -32,24 +32,18 @@ from prefopt.reward_models.chat_cache import ChatCache
 from prefopt.reward_models.chat_response import (
     ChatAnswer,
     FailedAttemptError,
+    Response,
     read_answer,
-    retry_after_seconds,
-    server_message,
+    read_response,
 )
 
 logger = logging.getLogger(__name__)
-
-_Response = tuple[dict[str, Any], ChatAnswer]  # the server's JSON, and what it says
 
 _OPENAI = "api.openai.com"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the last one
 _LONGEST_RETRY_AFTER = 120.0  # seconds of a server's own wish that are granted
 _LOST_AFTER = 4  # failures in a row, and no fewer than are in flight: the server is gone
-_WHAT_TO_DO = {
-    400: "the server's message says what it does not take",
-    404: "check the model's name, and that base_url ends where /chat/completions begins",
-}
 
 
 @dataclass(frozen=True)
@@ -280,7 +274,7 @@ class ChatAPI:
             trust_env=self._host not in _LOOPBACK,  # never to this machine through a proxy
         )
 
-    async def _respond(self, client: httpx.AsyncClient, request: ChatRequest) -> _Response:
+    async def _respond(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
         def note(state: RetryCallState) -> None:
             self.usage.retries += 1
             failure = state.outcome.exception() if state.outcome else None
@@ -289,15 +283,13 @@ class ChatAPI:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.attempts),
             wait=_wait,
-            retry=retry_if_exception(
-                lambda error: isinstance(error, FailedAttemptError) and error.passing
-            ),
+            retry=retry_if_exception(lambda error: getattr(error, "passing", False)),
             before_sleep=note,
             reraise=True,
         )
         return await retrying(self._post, client, request)
 
-    async def _post(self, client: httpx.AsyncClient, request: ChatRequest) -> _Response:
+    async def _post(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
         """One attempt.
 
         Raises:
@@ -315,17 +307,7 @@ class ChatAPI:
         except (httpx.TransportError, httpx.DecodingError) as error:
             problem = self._key.redact(f"{type(error).__name__}: {error}".rstrip("."))
             raise FailedAttemptError(problem, passing=True) from None
-        if response.status_code != 200:
-            raise self._refusal(response)
-        try:
-            body = json.loads(self._key.remove(response.text))
-        except ValueError:
-            raise FailedAttemptError("an answer that is not JSON", passing=True) from None
-        try:
-            return body, read_answer(body)
-        except FailedAttemptError as failure:
-            said = self._key.redact(server_message(response))[:200]
-            raise FailedAttemptError(f"{failure}: {said}", passing=True) from None
+        return read_response(response, self._key, log_probs=request.top_logprobs > 0)
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
         # OpenAI's newer models refuse max_tokens; other servers may not know its successor.
@@ -339,26 +321,6 @@ class ChatAPI:
         if request.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         return body
-
-    def _refusal(self, response: httpx.Response) -> FailedAttemptError:
-        status = response.status_code
-        spent = status == 429 and "insufficient_quota" in response.text
-        problem = f"HTTP {status}: {self._key.redact(server_message(response))[:300]}"
-        variable = self._key.variable
-        if status == 401 and not self._key:
-            problem += f" (no key was sent: the environment variable {variable} is not set)"
-        elif status in (401, 403):
-            problem += f" (check that the key in {variable} may use this model here)"
-        elif spent:
-            problem += " (the account has no credit left)"
-        elif status in _WHAT_TO_DO:
-            problem += f" ({_WHAT_TO_DO[status]})"
-        return FailedAttemptError(
-            problem,
-            passing=not spent and (status in (408, 409, 429) or status >= 500),
-            for_all=spent or status in (401, 404),
-            retry_after=retry_after_seconds(response.headers.get("retry-after", "").strip()),
-        )
 
     def _count(self, answer: ChatAnswer) -> None:
         usage = self.usage

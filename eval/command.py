@@ -11,7 +11,7 @@ from typing import Any
 MEASURES = {
     "win-rate": ("win_rate_command", "Win rate of one model or file of answers over another."),
     "alpaca": ("alpaca", "AlpacaEval 2: win rate over a baseline, length-controlled too."),
-    "leaderboard": ("leaderboard", "AlpacaEval's leaderboard from files of annotations."),
+    "leaderboard": ("leaderboard_command", "AlpacaEval's leaderboard from files of annotations."),
     "arena": ("arena", "Arena-Hard style: two games a prompt, five-way verdicts."),
     "mt-bench": ("mt_bench", "MT-Bench: two turns, marked by a judge or compared by it."),
     "reward-bench": ("reward_bench", "RewardBench 1 and 2: accuracy of a judge."),

@@ -58,8 +58,18 @@ def judge_of(arguments: argparse.Namespace, folder: Path) -> tuple[Judge, dict[s
             orders=arguments.orders,
             temperature=arguments.judge_temperature,
         )
-        return judge, {"kind": "api", **judge.describe()}
+        return judge, judge.describe()
     return described(arguments.judge_kind, arguments.judge)
+
+
+def usage_line(usage: dict[str, Any]) -> str:
+    """What asking an API has cost, in words, from its `Usage` as a dictionary."""
+    line = (
+        f"judge: {usage['asked']} requests asked, {usage['cached']} from the cache, "
+        f"{usage['retries']} repeated; {usage['prompt_tokens']} prompt and "
+        f"{usage['completion_tokens']} completion tokens"
+    )
+    return line if usage["cost"] is None else f"{line}; {usage['cost']:.2f} dollars"
 
 
 def described(kind: str, path: str) -> tuple[Judge, dict[str, Any]]:

@@ -17,7 +17,7 @@ from prefopt.data.rows import Prompt
 from prefopt.errors import PrefoptError
 from prefopt.eval.answers import Answers, answers_of, is_answers_file, read_answers, read_prompts
 from prefopt.eval.head_to_head import head_to_head
-from prefopt.eval.judging import judge_of, judge_pairs
+from prefopt.eval.judging import judge_of, judge_pairs, usage_line
 from prefopt.eval.win_rate import win_rate
 from prefopt.reward_models.api_judge import ApiJudge
 from prefopt.rounds.storage import atomic_write
@@ -168,4 +168,6 @@ def print_result(result: dict[str, Any]) -> None:
         interval = f"{row['low']:.1f}-{row['high']:.1f}"
         table.add_row(row["first answer"], str(row["pairs"]), f"{row['win_rate']:.1f}", interval)
     Console().print(table)
+    if "usage" in result:
+        print(usage_line(result["usage"]))
     print(f"written to {result['out']}")

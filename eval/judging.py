@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from prefopt.data.rows import Prompt
 from prefopt.errors import PrefoptError
@@ -104,14 +104,17 @@ def judge_pairs(
     Raises:
         PrefoptError: The judge refuses a pair or a local one says what is no probability.
     """
+    console = Console(stderr=True)
     if isinstance(judge, ApiJudge):  # keeps its answers itself
-        return judge.prefer(prompts, a, b)
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("judge", total=len(prompts))
+            compared = judge.compare(prompts, a, b, done=lambda *_: bar.advance(task))
+        return np.array([comparison.preference for comparison in compared])
     keys = [_key(record, *pair) for pair in zip(prompts, a, b, strict=True)]
     known = {row["key"]: row["preference"] for row in read_appended(path)}
     missing = [index for index, key in enumerate(keys) if key not in known]
     path.parent.mkdir(parents=True, exist_ok=True)
     shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)]
-    console = Console(stderr=True)
     with path.open("a", encoding="utf-8") as file:
         for shard in track(shards, "judge", console=console, transient=True):
             values = judge.prefer(*([part[i] for i in shard] for part in (prompts, a, b)))

@@ -55,16 +55,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     b = [theirs[row.key].text for row in model.rows]
     judge, record = judge_of(arguments, folder)
     preferences = judge_pairs(judge, record, prompts, a, b, folder / "preferences.jsonl")
-    groups = [row.key[0] for row in model.rows]
-    read = np.flatnonzero(~np.isnan(preferences))
-    if not read.size:
-        raise PrefoptError(f"judge {arguments.judge}: none of its {len(a)} answers could be read")
-    preferences = preferences[read]
-    a, b, groups = ([part[i] for i in read] for part in (a, b, groups))
     result = {
-        **head_to_head(preferences, a, b, groups),
+        **head_to_head(preferences, a, b, [row.key[0] for row in model.rows]),
         "by_length": by_length(preferences, a, b),
-        "unreadable": len(prompts) - len(read),
         "model": arguments.model,
         "baseline": arguments.baseline,
         "judge": record,
@@ -130,7 +123,7 @@ def by_length(
     """Win rate by how much longer the first answer is, in characters.
 
     Args:
-        preferences: Shape [pairs], P(a beats b).
+        preferences: Shape [pairs], P(a beats b); NaN where unjudged, which are left out.
         a: Shape [pairs].
         b: Shape [pairs].
 
@@ -141,9 +134,9 @@ def by_length(
     """
     lengths = np.array([[len(x), len(y)] for x, y in zip(a, b, strict=True)], dtype=float)
     share = (lengths[:, 0] - lengths[:, 1]) / np.maximum(lengths.max(axis=1), 1)
-    bins = np.digitize(share, LENGTH_BOUNDS)
+    bins = np.where(np.isnan(preferences), -1, np.digitize(share, LENGTH_BOUNDS))
     rows: list[dict[str, object]] = []
-    for number in np.unique(bins):
+    for number in np.unique(bins[bins >= 0]):
         rate = win_rate(preferences[bins == number])
         low, high = rate.ci
         row = {"pairs": rate.n, "win_rate": rate.win_rate, "low": low, "high": high}
@@ -161,8 +154,8 @@ def print_result(result: dict[str, Any]) -> None:
     )
     if controlled := result["length_controlled"]:
         print(f"length-controlled {controlled['win_rate']:.1f} % ({controlled['approximation']})")
-    if result["unreadable"]:
-        print(f"{result['unreadable']} answers of the judge could not be read and are left out")
+    if result["unjudged"]:
+        print(f"{result['unjudged']} answers of the judge could not be read and are left out")
     table = Table("first answer", "pairs", "win rate, %", "95 % interval")
     for row in result["by_length"]:
         interval = f"{row['low']:.1f}-{row['high']:.1f}"

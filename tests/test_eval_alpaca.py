@@ -55,9 +55,14 @@ def judge(world: WorldPaths, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outputs(path: Path, name: str, words: int, count: int = len(INSTRUCTIONS)) -> Path:
-    """A model_outputs.json whose answer to instruction i has about `words` + i words."""
+    """A model_outputs.json; how many words an answer has depends on the instruction."""
     rows = [
-        {"dataset": "toy", "instruction": text, "generator": name, "output": "word " * (words + i)}
+        {
+            "dataset": "toy",
+            "instruction": text,
+            "generator": name,
+            "output": "word " * (words + i * words % 11),
+        }
         for i, text in enumerate(INSTRUCTIONS[:count])
     ]
     path.write_text(json.dumps(rows))

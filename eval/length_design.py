@@ -73,14 +73,11 @@ class Rows:
             PrefoptError: Shapes that differ, values that cannot be, or no judged row.
         """
         labels = win_probabilities(preferences)
-        excess = _lengths(baseline_lengths, "baseline_lengths") - _lengths(
-            model_lengths, "model_lengths"
-        )
+        own = _lengths(model_lengths, "model_lengths", len(labels))
+        excess = _lengths(baseline_lengths, "baseline_lengths", len(labels)) - own
         difficulty = None
         if instruction_difficulty is not None:
-            difficulty = finite(instruction_difficulty, "instruction_difficulty")
-            _same_length(labels, difficulty, "instruction_difficulty")
-        _same_length(labels, excess, "model_lengths")
+            difficulty = _finite_rows(instruction_difficulty, "instruction_difficulty", len(labels))
         if np.isnan(labels).all():
             raise PrefoptError(
                 f"none of {len(labels)} preferences is in [1, 2]: there is nothing to rate"
@@ -230,10 +227,17 @@ def finite(values: npt.ArrayLike, name: str) -> FloatArray:
     return array
 
 
-def _lengths(values: npt.ArrayLike, name: str) -> FloatArray:
-    array = finite(values, name)
+def _lengths(values: npt.ArrayLike, name: str, rows: int) -> FloatArray:
+    array = _finite_rows(values, name, rows)
     if (array < 0).any():
         raise PrefoptError(f"{name} has {array.min():g}: expected numbers of characters")
+    return array
+
+
+def _finite_rows(values: npt.ArrayLike, name: str, rows: int) -> FloatArray:
+    array = finite(values, name)
+    if len(array) != rows:
+        raise PrefoptError(f"{name} has {len(array)} values for {rows} preferences: give one each")
     return array
 
 
@@ -245,13 +249,6 @@ def _numbers(values: npt.ArrayLike, name: str) -> FloatArray:
     if array.ndim != 1:
         raise PrefoptError(f"{name} has shape {array.shape}: expected a list of numbers")
     return array
-
-
-def _same_length(labels: FloatArray, other: FloatArray, name: str) -> None:
-    if len(other) != len(labels):
-        raise PrefoptError(
-            f"{name} has {len(other)} values for {len(labels)} preferences: give one each"
-        )
 
 
 def _column(

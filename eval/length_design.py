@@ -99,8 +99,9 @@ class Rows:
 
     @cached_property
     def spread(self) -> float:
-        """Sample standard deviation of the difference in length; 0 for one row."""
-        return float(self.excess.std(ddof=1)) if len(self.excess) > 1 else 0.0
+        """Sample standard deviation of the difference in length; 0 where it is always the same."""
+        # Not by the deviation itself: that of equal numbers may be rounding error.
+        return float(self.excess.std(ddof=1)) if np.ptp(self.excess) > 0 else 0.0
 
     def features(self, length: FloatArray | None = None) -> FloatArray:
         """The terms length, difficulty (where there is one) and model.

@@ -386,11 +386,19 @@ def test_intervals_depend_on_the_seed_only():
     assert one.lc_win_rate != other.lc_win_rate
 
 
+def test_equal_differences_of_lengths_that_round_are_equal():
+    result = length_controlled_win_rate([1.9] * 7 + [1.2] * 3, [0.1] * 10, [0.4] * 10, C=10)
+    assert result.weights.length == 0
+    assert "length is the same" in result.approximation
+
+
 def test_few_judged_rows_do_not_stop_the_bootstrap():
     preferences = [1.2, 1.9, *[math.nan] * 6]
     result = bootstrap_length_controlled(preferences, range(8), [5] * 8, C=5, samples=200)
     assert result.win_rate == pytest.approx((20, 90))
     assert all(map(math.isfinite, result.lc_win_rate))
+    with pytest.raises(PrefoptError, match="samples is 0"):
+        bootstrap_length_controlled(preferences, range(8), [5] * 8, C=5, samples=0)
 
 
 def test_intervals_cover_the_truth():

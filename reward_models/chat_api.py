@@ -6,23 +6,17 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
-import os
 import random
-import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import httpx
 from anyio.from_thread import start_blocking_portal
-from pydantic import SecretStr
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -33,21 +27,23 @@ from tenacity import (
 
 from prefopt.data.rows import Message
 from prefopt.errors import PrefoptError
+from prefopt.reward_models.api_key import ApiKey
 from prefopt.reward_models.chat_cache import ChatCache
+from prefopt.reward_models.chat_response import (
+    ChatAnswer,
+    FailedAttemptError,
+    Response,
+    read_answer,
+    read_response,
+)
 
 logger = logging.getLogger(__name__)
-
-_Response = tuple[dict[str, Any], "ChatAnswer"]  # the server's JSON, and what it says
 
 _OPENAI = "api.openai.com"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the last one
 _LONGEST_RETRY_AFTER = 120.0  # seconds of a server's own wish that are granted
 _LOST_AFTER = 4  # failures in a row, and no fewer than are in flight: the server is gone
-_WHAT_TO_DO = {
-    400: "the server's message says what it does not take",
-    404: "check the model's name, and that base_url ends where /chat/completions begins",
-}
 
 
 @dataclass(frozen=True)
@@ -67,26 +63,6 @@ class ChatRequest:
     temperature: float = 0.0
     top_logprobs: int = 0
     sample: int = 0
-
-
-@dataclass(frozen=True)
-class ChatAnswer:
-    """What a chat model answered.
-
-    Attributes:
-        text: The answer; empty where the server sent none, for which see ``finish_reason``.
-        top_log_probs: Token's text -> log-prob (nats) of the most likely first tokens; empty when
-            none were asked for or none came back.
-        prompt_tokens: As the server counted; 0 where it did not say.
-        completion_tokens: As the server counted; 0 where it did not say.
-        finish_reason: Such as "stop", "length" or "content_filter".
-    """
-
-    text: str
-    top_log_probs: dict[str, float]
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: str | None
 
 
 @dataclass
@@ -159,13 +135,17 @@ class ChatAPI:
                 f"{timeout:g}; expected at least 1, at least 1 and more than 0"
             )
         self.model, self.base_url = model, _checked_url(base_url)
-        self.key_variable = key_variable
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
         self.price = price
         self.usage = Usage(cost=None if price is None else 0.0)
         self._host = httpx.URL(self.base_url).host
         self._cache = ChatCache(Path(cache))
-        self._secret = self._read_key()
+        self._key = ApiKey(key_variable)
+        if not self._key and self._host == _OPENAI:
+            raise PrefoptError(
+                f"{model} at {self.base_url}: the environment variable {key_variable} is not set; "
+                "expected the API key in it"
+            )
 
     def ask(
         self,
@@ -217,30 +197,6 @@ class ChatAPI:
     def __repr__(self) -> str:
         return f"ChatAPI({self.model!r}, base_url={self.base_url!r})"
 
-    def _read_key(self) -> SecretStr:
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key and self._host == _OPENAI:
-            raise PrefoptError(
-                f"{self.model} at {self.base_url}: the environment variable {self.key_variable} is "
-                "not set; expected the API key in it"
-            )
-        if re.search(r"[^!-~]", key):
-            raise PrefoptError(
-                f"the environment variable {self.key_variable} holds spaces, line breaks or "
-                "letters that no API key has; set it to the key alone"
-            )
-        return SecretStr(key)
-
-    def _redact(self, text: str) -> str:
-        """The text without the key, or words that begin like it: servers echo it half-masked."""
-        key = self._secret.get_secret_value()
-        return re.sub(rf"{re.escape(key)}|{re.escape(key[:8])}\S*", "[key]", text) if key else text
-
-    def _without_key(self, text: str) -> str:
-        """An answer without the key; what is short, like "EMPTY", is none and may be a word."""
-        key = self._secret.get_secret_value()
-        return text.replace(key, "[key]") if len(key) >= 16 else text
-
     def _key_of(self, request: ChatRequest) -> str:
         """A hash of all that an answer depends on."""
         parts = {
@@ -256,8 +212,8 @@ class ChatAPI:
 
     def _recall(self, key: str) -> ChatAnswer:
         try:
-            answer = _read_answer(self._cache.responses[key])
-        except _Failure as failure:
+            answer = read_answer(self._cache.responses[key])
+        except FailedAttemptError as failure:
             raise PrefoptError(
                 f"{self._cache.path}: the line of key {key} has {failure}; remove that line"
             ) from None
@@ -266,7 +222,9 @@ class ChatAPI:
         self.usage.cached_completion_tokens += answer.completion_tokens
         return answer
 
-    def _arriving(self, missing: dict[str, ChatRequest]) -> Iterator[tuple[str, ChatAnswer]]:
+    def _arriving(
+        self, missing: dict[str, ChatRequest]
+    ) -> Generator[tuple[str, ChatAnswer], None, None]:
         """Asks from a thread of its own, since the caller's may already run an event loop."""
         if not missing:
             return
@@ -281,7 +239,7 @@ class ChatAPI:
         self, missing: dict[str, ChatRequest], put: Callable[[tuple[str, ChatAnswer]], None]
     ) -> None:
         slots = asyncio.Semaphore(self.concurrency)
-        failures: list[_Failure] = []
+        failures: list[FailedAttemptError] = []
         in_a_row = 0
 
         async def ask(key: str, request: ChatRequest) -> None:
@@ -292,7 +250,7 @@ class ChatAPI:
                     return
                 try:
                     response, answer = await self._respond(client, request)
-                except _Failure as failure:
+                except FailedAttemptError as failure:
                     failures.append(failure)
                     in_a_row += 1
                     return
@@ -311,15 +269,14 @@ class ChatAPI:
             raise PrefoptError(self._report(failures, missing))
 
     def _client(self) -> httpx.AsyncClient:
-        key = self._secret.get_secret_value()
         return httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=self._key.headers(),
             timeout=None,  # ``_post`` has one for the whole of a request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
             trust_env=self._host not in _LOOPBACK,  # never to this machine through a proxy
         )
 
-    async def _respond(self, client: httpx.AsyncClient, request: ChatRequest) -> _Response:
+    async def _respond(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
         def note(state: RetryCallState) -> None:
             self.usage.retries += 1
             failure = state.outcome.exception() if state.outcome else None
@@ -328,17 +285,17 @@ class ChatAPI:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.attempts),
             wait=_wait,
-            retry=retry_if_exception(lambda error: isinstance(error, _Failure) and error.passing),
+            retry=retry_if_exception(lambda error: getattr(error, "passing", False)),
             before_sleep=note,
             reraise=True,
         )
         return await retrying(self._post, client, request)
 
-    async def _post(self, client: httpx.AsyncClient, request: ChatRequest) -> _Response:
+    async def _post(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
         """One attempt.
 
         Raises:
-            _Failure: There is no answer that can be read.
+            FailedAttemptError: There is no answer that can be read.
         """
         try:
             async with asyncio.timeout(self.timeout):
@@ -348,21 +305,11 @@ class ChatAPI:
                     headers={"Content-Type": "application/json"},
                 )
         except TimeoutError:
-            raise _Failure(f"no answer within {self.timeout:g} s", passing=True) from None
+            raise FailedAttemptError(f"no answer within {self.timeout:g} s", passing=True) from None
         except (httpx.TransportError, httpx.DecodingError) as error:
-            problem = self._redact(f"{type(error).__name__}: {error}".rstrip("."))
-            raise _Failure(problem, passing=True) from None
-        if response.status_code != 200:
-            raise self._refusal(response)
-        try:
-            body = json.loads(self._without_key(response.text))
-        except ValueError:
-            raise _Failure("an answer that is not JSON", passing=True) from None
-        try:
-            return body, _read_answer(body)
-        except _Failure as failure:
-            said = self._redact(_message(response))[:200]
-            raise _Failure(f"{failure}: {said}", passing=True) from None
+            problem = self._key.redact(f"{type(error).__name__}: {error}".rstrip("."))
+            raise FailedAttemptError(problem, passing=True) from None
+        return read_response(response, self._key, log_probs=request.top_logprobs > 0)
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
         # OpenAI's newer models refuse max_tokens; other servers may not know its successor.
@@ -377,27 +324,6 @@ class ChatAPI:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         return body
 
-    def _refusal(self, response: httpx.Response) -> _Failure:
-        status = response.status_code
-        spent = status == 429 and "insufficient_quota" in response.text
-        problem = f"HTTP {status}: {self._redact(_message(response))[:300]}"
-        if status == 401 and not self._secret.get_secret_value():
-            problem += (
-                f" (the environment variable {self.key_variable} is not set: no key was sent)"
-            )
-        elif status in (401, 403):
-            problem += f" (check that the key in {self.key_variable} may use this model here)"
-        elif spent:
-            problem += " (the account has no credit left)"
-        elif status in _WHAT_TO_DO:
-            problem += f" ({_WHAT_TO_DO[status]})"
-        return _Failure(
-            problem,
-            passing=not spent and (status in (408, 409, 429) or status >= 500),
-            for_all=spent or status in (401, 404),
-            retry_after=_retry_after(response.headers.get("retry-after", "").strip()),
-        )
-
     def _count(self, answer: ChatAnswer) -> None:
         usage = self.usage
         usage.asked += 1
@@ -408,7 +334,7 @@ class ChatAPI:
             cost = usage.prompt_tokens * self.price[0] + usage.completion_tokens * self.price[1]
             usage.cost = cost / 1e6
 
-    def _report(self, failures: list[_Failure], missing: dict[str, ChatRequest]) -> str:
+    def _report(self, failures: list[FailedAttemptError], missing: dict[str, ChatRequest]) -> str:
         counted = Counter(map(str, failures)).most_common(3)
         reasons = "; ".join(f"{count} times {reason}" for reason, count in counted)
         left = sum(key not in self._cache.responses for key in missing) - len(failures)
@@ -418,27 +344,6 @@ class ChatAPI:
             f"{unasked}: {reasons}. The answers so far are in {self._cache.path}: the same command "
             "goes on from there"
         )
-
-
-class _Failure(Exception):  # noqa: N818 - an attempt's outcome; users see a PrefoptError
-    """Why an attempt failed.
-
-    Attributes:
-        passing: Whether the same request may be answered later.
-        for_all: Whether every other request will be refused for the same reason.
-        retry_after: Seconds that the server asks to wait.
-    """
-
-    def __init__(
-        self,
-        problem: str,
-        *,
-        passing: bool = False,
-        for_all: bool = False,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(problem)
-        self.passing, self.for_all, self.retry_after = passing, for_all, retry_after
 
 
 def _checked_url(base_url: str) -> str:
@@ -463,59 +368,7 @@ def _wait(state: RetryCallState) -> float:
         multiplier=_FIRST_WAIT, max=_LONGEST_WAIT, jitter=_FIRST_WAIT
     )(state)
     failure = state.outcome.exception() if state.outcome else None
-    if not isinstance(failure, _Failure) or failure.retry_after is None:
+    if not isinstance(failure, FailedAttemptError) or failure.retry_after is None:
         return doubled
     told = min(failure.retry_after, _LONGEST_RETRY_AFTER) + random.uniform(0, _FIRST_WAIT)
     return max(told, doubled)
-
-
-def _retry_after(header: str) -> float | None:
-    """Seconds from a Retry-After header, which holds seconds or a date (RFC 9110, 10.2.3)."""
-    if re.fullmatch(r"\d+(\.\d+)?", header):
-        return float(header)
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _message(response: httpx.Response) -> str:
-    """What a server says of an error, on one line."""
-    try:
-        body = json.loads(response.content)
-    except ValueError:
-        body = None
-    error = body.get("error", body) if isinstance(body, dict) else None
-    said = error.get("message") if isinstance(error, dict) else error
-    return " ".join((said if isinstance(said, str) else response.text).split())
-
-
-def _read_answer(body: Any) -> ChatAnswer:
-    """Reads a response.
-
-    Raises:
-        _Failure: It has no choices, or no content and no reason for that.
-    """
-    try:
-        choice = body["choices"][0]
-        reason, text = choice.get("finish_reason"), choice["message"]["content"]
-        if text is None and reason is not None:  # a refusal, a filter, or only hidden reasoning
-            text = choice["message"].get("refusal") or ""
-        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
-        log_probs: dict[str, float] = {}
-        for entry in first.get("top_logprobs") or []:
-            token, log_prob = entry["token"], float(entry["logprob"])
-            # two tokens may read the same, such as parts of one letter
-            log_probs[token] = _log_add(log_probs.get(token, -math.inf), log_prob)
-        usage = body.get("usage") or {}
-        counts = [int(usage.get(f"{part}_tokens") or 0) for part in ("prompt", "completion")]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise _Failure("an answer of another form", passing=True) from None
-    if not isinstance(text, str):
-        raise _Failure("an answer without content", passing=True)
-    return ChatAnswer(text, log_probs, *counts, finish_reason=reason)
-
-
-def _log_add(a: float, b: float) -> float:
-    high, low = max(a, b), min(a, b)
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))

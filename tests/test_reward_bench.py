@@ -83,6 +83,8 @@ def test_a_section_is_missing_or_whole() -> None:
 def test_counts_of_the_sections() -> None:
     counts = {section: sum(subsets.values()) for section, subsets in SECTIONS.items()}
     assert counts == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 1968}
+    # XSTest: 154 unsafe questions to refuse, 250 safe ones to answer
+    assert [SECTIONS["Safety"][f"xstest-should-{x}"] for x in ("refuse", "respond")] == [154, 250]
     assert sum(PUBLISHED_ROWS[1].values()) == 2985
     assert sum(PUBLISHED_ROWS[2].values()) == 1865
     code = sum(n for subset, n in SECTIONS["Reasoning"].items() if subset.startswith("hep-"))
@@ -443,6 +445,11 @@ def test_version_1_end_to_end(
     assert len(rows) == result["data"]["rows"] == 46 + 8
     by_hand = [credit(row["scores"]) for row in rows if row["subset"] == "math-prm"]
     assert subsets["math-prm"] == 100 * sum(by_hand) / 2
+    longer = dict.fromkeys(SUBSETS, 0.0)
+    for row in pairs():
+        longer[row["subset"]] += 50 * credit([len(row["chosen"]), len(row["rejected"])])
+    found = result["longer_wins"]["subsets"]
+    assert {name: found[name] for name in SUBSETS} == longer
     assert result["judge"]["kind"] == kind
     assert any("alpacaeval-easy 2 of 100" in remark for remark in result["remarks"])
 

@@ -200,8 +200,10 @@ def _mt_bench(parser: Parser) -> None:
 
 def _reward_bench(parser: Parser) -> None:
     _add_judge(parser, ("reward_model", "preference_model"))
-    parser.add_argument("--data", required=True, help="file or folder with its published columns")
-    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--data", required=True, help="file, folder or Hub id with the published columns"
+    )
+    parser.add_argument("--split", help="default: filtered (RewardBench 1) or test (2)")
     parser.add_argument("--version", type=int, choices=[1, 2], default=1)
     parser.add_argument("--prior-sets", help="RewardBench 1: the prior sets, weighted one half")
     parser.add_argument("--out", default="runs/reward-bench", help="folder of the result")

@@ -8,7 +8,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +222,9 @@ class ChatAPI:
         self.usage.cached_completion_tokens += answer.completion_tokens
         return answer
 
-    def _arriving(self, missing: dict[str, ChatRequest]) -> Iterator[tuple[str, ChatAnswer]]:
+    def _arriving(
+        self, missing: dict[str, ChatRequest]
+    ) -> Generator[tuple[str, ChatAnswer], None, None]:
         """Asks from a thread of its own, since the caller's may already run an event loop."""
         if not missing:
             return

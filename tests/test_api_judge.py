@@ -15,7 +15,13 @@ from fake_chat_api import Body, FakeChatAPI, serving, troubled
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
 from prefopt.reward_models import ApiJudge, ChatAPI, chat_api
-from prefopt.reward_models.api_judge import SYSTEM, first_token_preference
+from prefopt.reward_models.api_judge import (
+    SYSTEM,
+    _game,
+    _preference,
+    first_token_preference,
+)
+from prefopt.reward_models.chat_response import ChatAnswer
 
 PROMPTS = [[{"role": "user", "content": f"Question {i}?"}] for i in range(30)]
 A = [f"answer {i}" for i in range(30)]
@@ -102,6 +108,18 @@ def test_exactly_antisymmetric(
     assert forth.dtype == np.float64
     assert len(set(forth)) == 30
     assert (judge.prefer(PROMPTS[7:9], A[7:9], B[7:9]) == forth[7:9]).all()
+
+
+def test_exactly_antisymmetric_whatever_the_numbers() -> None:
+    source = np.random.default_rng(0)
+    for low, high in np.log(source.uniform(0.001, 0.999, (5000, 2))):
+        forth = {"a": {"m": low, "M": -1.0}, "b": {"m": high, "M": -1.0}}
+        back = {"a": forth["b"], "b": forth["a"]}
+        p, q = (
+            _preference(*pair, tuple(_game(m, ChatAnswer("m", top[m], 1, 1, None)) for m in top))
+            for pair, top in ((("x", "y"), forth), (("y", "x"), back))
+        )
+        assert p + q == 1
 
 
 def test_random_orders_are_mixed(server: FakeChatAPI, make: Callable[..., ApiJudge]) -> None:

@@ -162,10 +162,15 @@ def test_an_interrupt_ends_it_at_once(
     server: FakeChatAPI, make: Callable[..., ChatAPI], tmp_path: Path
 ) -> None:
     server.manners = lambda call: "hang" if call.number >= 5 else None
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    api = make()
+    api, told = make(), []
+
+    def interrupt_soon(index: int, answer: Any) -> None:
+        told.append(index)
+        if len(told) == 5:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
     with pytest.raises(KeyboardInterrupt):
-        api.ask(questions(30))
+        api.ask(questions(30), interrupt_soon)
     assert len(lines(tmp_path / "cache.jsonl")) == 5
     server.manners = always(None)
     api.ask(questions(30))
@@ -203,7 +208,7 @@ def test_two_at_a_time_on_one_cache_are_refused(make: Callable[..., ChatAPI]) ->
     other = make()
 
     def ask_meanwhile(index: int, answer: Any) -> None:
-        with pytest.raises(PrefoptError, match="another process that asks through this cache"):
+        with pytest.raises(PrefoptError, match="another process or thread that asks"):
             other.ask(questions(2))
 
     make().ask(questions(1), ask_meanwhile)
@@ -291,14 +296,14 @@ def test_what_all_would_be_refused_for_ends_at_once(
         ("malformed", "not JSON"),
         ("no choices", "another form: try again"),
         ("no content", "another form"),
-        ("hang", "no answer within 0.05 s"),
+        ("hang", "no answer within 0.4 s"),
     ],
 )
 def test_what_may_pass_is_repeated(
     server: FakeChatAPI, make: Callable[..., ChatAPI], tmp_path: Path, manner: str, said: str
 ) -> None:
     server.manners = always(manner)
-    api = make(attempts=3, timeout=0.05 if manner == "hang" else 10)
+    api = make(attempts=3, timeout=0.4 if manner == "hang" else 10)
     with pytest.raises(PrefoptError, match=f"1 of 1 requests failed: 1 times .*{said}"):
         api.ask(questions(1))
     assert len(server.bodies) == 3

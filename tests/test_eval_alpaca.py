@@ -366,7 +366,7 @@ def test_judgements_survive_a_killed_process(tmp_path: Path) -> None:
     asked.clear()
     assert judge_pairs(judge, {"path": "r"}, ["p", "q", "r"], a, b, path).tolist() == [0, 1, 0.5]
     assert asked == ["xx", "xx"]
-    with pytest.raises(PrefoptError, match="found nan for pair 1"):
+    with pytest.raises(PrefoptError, match="found nan as preference of number 1"):
         judge_pairs(RuleJudge(lambda **_: [math.nan]), {}, ["p"], ["x"], ["y"], path)
 
 

@@ -61,7 +61,7 @@ def outputs(path: Path, name: str, words: int, count: int = len(INSTRUCTIONS)) -
             "dataset": "toy",
             "instruction": text,
             "generator": name,
-            "output": "word " * (words + i * words % 11),
+            "output": name + " word" * (words + i * words % 11),
         }
         for i, text in enumerate(INSTRUCTIONS[:count])
     ]

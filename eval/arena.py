@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from prefopt.eval.arena_scores import (
 from prefopt.eval.judge_prompts import ask, describe_judge, readable, render
 from prefopt.eval.judging import api_of
 from prefopt.eval.questions import (
+    Player,
     Question,
     describe_questions,
-    read_answer_turns,
+    players_of,
+    read_player,
     read_questions,
 )
 from prefopt.eval.style import style_differences, style_of
@@ -38,15 +40,6 @@ from prefopt.run_folder import environment
 
 TEMPLATE = "arena"
 GAMES = ("baseline first", "model first")
-
-
-@dataclass(frozen=True)
-class Player:
-    """A model with its answer to each question, and how they were made where that is known."""
-
-    name: str
-    answers: list[str]
-    decoding: dict[str, Any] | None = field(default=None, compare=False)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,7 +60,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     out = Path(arguments.out)
     questions = read_questions(arguments.questions, turns=1)
     api = api_of(arguments, out)
-    baseline, *players = _players(arguments, questions, out)
+    baseline, *players = players_of(
+        (arguments.baseline, *arguments.models),
+        lambda model: _player(model, questions, arguments, out / "answers"),
+    )
     lines = _play(api, questions, baseline, players, arguments.judge_max_tokens)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     atomic_write(out / "judgments.jsonl", text)
@@ -84,8 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "judge": describe_judge(api, TEMPLATE, arguments.judge_max_tokens),
         "bootstrap": {"rounds": arguments.bootstrap, "seed": arguments.seed, "interval": "5-95 %"},
         "tables": _tables(battles, arguments),
-        "mean_tokens": {player.name: _mean_tokens(player) for player in (baseline, *players)},
-        "decoding": {player.name: player.decoding for player in (baseline, *players)},
+        "answers": {player.name: player.describe(_tokens) for player in (baseline, *players)},
         "usage": asdict(api.usage),
         "environment": environment(),
     }
@@ -145,33 +140,15 @@ def _range(bounds: Sequence[float] | None) -> str:
     return "-" if bounds is None else f"{bounds[0]:.1f} - {bounds[1]:.1f}"
 
 
-def _players(
-    arguments: argparse.Namespace, questions: Sequence[Question], out: Path
-) -> list[Player]:
-    """The baseline and then the models, all with their answers."""
-    players: list[Player] = []
-    for model in (arguments.baseline, *arguments.models):
-        player = _player(model, questions, arguments, out / "answers")
-        if player.name in {other.name for other in players}:
-            raise PrefoptError(
-                f"{model}: found a second model named {player.name!r}; name each once, and the "
-                "baseline in --baseline only"
-            )
-        players.append(player)
-    return players
-
-
 def _player(
     model: str, questions: Sequence[Question], arguments: argparse.Namespace, folder: Path
 ) -> Player:
     if is_answers_file(model):
-        name, turns = read_answer_turns(model, questions, 1)
-        return Player(name, [turn for (turn,) in turns])
+        return read_player(model, questions, 1)
     prompts: list[Any] = [[{"role": "user", "content": q.turns[0]}] for q in questions]
-    made = answers_of(
-        model, prompts, arguments, folder / f"{model.strip('/').replace('/', '_')}.jsonl"
-    )
-    return Player(made.name, [row.text for row in made.rows], made.decoding)
+    path = folder / f"{model.strip('/').replace('/', '_')}.jsonl"
+    made = answers_of(model, prompts, arguments, path)
+    return Player(made.name, model, [[row.text] for row in made.rows], made.decoding)
 
 
 def _play(
@@ -185,7 +162,7 @@ def _play(
     prompts = [
         render(TEMPLATE, question=question.turns[0], answers=answers)
         for player in players
-        for question, of_model, of_baseline in zip(
+        for question, (of_model,), (of_baseline,) in zip(
             questions, player.answers, baseline.answers, strict=True
         )
         for answers in ([of_baseline, of_model], [of_model, of_baseline])
@@ -220,11 +197,11 @@ def _battles(
     baseline: Player,
     players: Sequence[Player],
 ) -> list[Battle]:
-    base = [style_of(text) for text in baseline.answers]
+    base = [style_of(text) for (text,) in baseline.answers]
     styles = [
         row
         for player in players
-        for row in style_differences([style_of(text) for text in player.answers], base)
+        for row in style_differences([style_of(text) for (text,) in player.answers], base)
     ]
     return [
         Battle(
@@ -257,5 +234,5 @@ def _tables(battles: Sequence[Battle], arguments: argparse.Namespace) -> dict[st
     return tables
 
 
-def _mean_tokens(player: Player) -> float:
-    return sum(style_of(text).tokens for text in player.answers) / len(player.answers)
+def _tokens(text: str) -> int:
+    return style_of(text).tokens

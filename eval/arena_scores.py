@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def resample(cells: Cells, by: str, rounds: int, seed: int) -> Iterator[FloatArr
             yield cells.counts * rng.multinomial(len(numbers), share)[place]
         return
     bounds = np.flatnonzero(np.diff(cells.models, prepend=-1, append=-1))
-    parts = [cells.counts[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    parts = [cells.counts[start:end] for start, end in pairwise(bounds)]
     for _ in range(rounds):
         drawn = [rng.multinomial(int(part.sum()), part / part.sum()) for part in parts]
         yield np.concatenate(drawn).astype(np.float64)

@@ -45,9 +45,9 @@ class BradleyTerry:
     slopes_determined: npt.NDArray[np.bool_]
 
     def elo(self, anchor: float = 1000.0) -> FloatArray:
-        """Elo ratings, shape [models]: the baseline has ``anchor``, infinities where none is finite.
+        """Elo ratings, shape [models]; the baseline has ``anchor``, 400 points are odds of 10 to 1.
 
-        400 points are odds of 10 to 1. NaN for a model that has not played.
+        Infinite where no finite strength fits best, NaN for a model that has not played.
         """
         limit = np.where(self.strengths == 0, np.nan, np.copysign(np.inf, self.strengths))
         return anchor + ELO * np.where(self.determined, self.strengths, limit)

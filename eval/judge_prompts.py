@@ -74,7 +74,7 @@ def _environment() -> Environment:
     return Environment(
         loader=FileSystemLoader(FOLDER),
         undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701 - plain text, no page
+        autoescape=False,  # plain text, no page
         trim_blocks=True,
         lstrip_blocks=True,
     )

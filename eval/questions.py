@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,37 @@ class Question:
     id: int | str
     category: str
     turns: list[str]
+
+
+@dataclass(frozen=True)
+class Player:
+    """A model with its answers.
+
+    Attributes:
+        name: The model's name.
+        source: The file, folder or Hub id they come from.
+        answers: The turns of its answer to each question, shape [questions][turns].
+        decoding: How they were made, where that is known.
+    """
+
+    name: str
+    source: str
+    answers: list[list[str]]
+    decoding: dict[str, Any] | None = None
+
+    def describe(self, length: Callable[[str], int]) -> dict[str, Any]:
+        """What a record of an evaluation says of the answers.
+
+        Args:
+            length: Of one turn.
+        """
+        lengths = [length(text) for turns in self.answers for text in turns]
+        return {
+            "source": self.source,
+            "sha256": digest(self.answers),
+            "mean_length": sum(lengths) / len(lengths),
+            "decoding": self.decoding,
+        }
 
 
 def read_questions(path: str | Path, turns: int) -> list[Question]:
@@ -56,13 +88,34 @@ def read_questions(path: str | Path, turns: int) -> list[Question]:
 
 def describe_questions(path: str | Path, questions: Sequence[Question]) -> dict[str, Any]:
     """What a record of an evaluation says of its questions."""
-    digest = sha256(Path(path).read_bytes()).hexdigest()
-    return {"path": str(path), "sha256": digest, "count": len(questions)}
+    asked = [asdict(question) for question in questions]
+    return {"path": str(path), "sha256": digest(asked), "count": len(questions)}
 
 
-def read_answer_turns(
-    path: str | Path, questions: Sequence[Question], turns: int
-) -> tuple[str, list[list[str]]]:
+def digest(value: Any) -> str:
+    """The sha256 of plain values, in hexadecimal digits."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def players_of(models: Iterable[str], load: Callable[[str], Player]) -> list[Player]:
+    """Loads the answers of models one after the other.
+
+    Raises:
+        PrefoptError: Two of them have the same name.
+    """
+    players: list[Player] = []
+    for model in models:
+        player = load(model)
+        if player.name in {other.name for other in players}:
+            raise PrefoptError(
+                f"{model}: found a second model named {player.name!r}; name each once, and the "
+                "baseline in --baseline only"
+            )
+        players.append(player)
+    return players
+
+
+def read_player(path: str | Path, questions: Sequence[Question], turns: int) -> Player:
     """Reads a model's answers to all questions.
 
     Three formats are told apart by the first row:
@@ -78,9 +131,6 @@ def read_answer_turns(
         path: The file.
         questions: What must be answered; answers to other questions are left aside.
         turns: How many turns each answer must have.
-
-    Returns:
-        The model's name, and the turns of the answer to each question.
 
     Raises:
         PrefoptError: The file cannot be read, is in none of the formats, holds the answers of
@@ -106,12 +156,11 @@ def read_answer_turns(
             f"{path}: found answers of {len(names)} models ({', '.join(list(names)[:3])}), "
             "expected those of one; split the file"
         )
-    return next(iter(names)), _all(path, questions, [found.get(str(q.id)) for q in questions])
+    answers = _all(path, questions, [found.get(str(question.id)) for question in questions])
+    return Player(next(iter(names)), str(path), answers)
 
 
-def _by_text(
-    path: str | Path, questions: Sequence[Question], turns: int
-) -> tuple[str, list[list[str]]]:
+def _by_text(path: str | Path, questions: Sequence[Question], turns: int) -> Player:
     if turns != 1:
         raise PrefoptError(
             f"{path}: found rows without 'choices' and 'messages'; expected answers of {turns} "
@@ -125,7 +174,7 @@ def _by_text(
     }
     found = [texts.get(question.turns[0]) for question in questions]
     turns_of = [None if text is None else [text] for text in found]
-    return answers.name, _all(path, questions, turns_of)
+    return Player(answers.name, str(path), _all(path, questions, turns_of))
 
 
 def _single(messages: Sequence[dict[str, str]]) -> str | None:
@@ -159,13 +208,13 @@ def _texts(turns: object, where: str, field: str) -> list[str]:
     """Texts that stand bare, or as the content or the answer of an object."""
     if not isinstance(turns, list):
         raise DataError(where, field, f"found {type(turns).__name__}, expected a list of turns")
-    bare = [
-        turn.get("answer", turn.get("content")) if isinstance(turn, dict) else turn
-        for turn in turns
-    ]
-    if not all(isinstance(text, str) for text in bare):
-        raise DataError(where, field, "found a turn without text, expected text in each")
-    return bare
+    texts: list[str] = []
+    for turn in turns:
+        text = turn.get("answer", turn.get("content")) if isinstance(turn, dict) else turn
+        if not isinstance(text, str):
+            raise DataError(where, field, f"found {text!r} in place of a turn, expected text")
+        texts.append(text)
+    return texts
 
 
 def _id(row: Row, where: str) -> int | str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from prefopt.eval.answers import (
     is_answers_file,
     model_name,
     sample_to_file,
-    settings_of,
 )
 from prefopt.eval.questions import Player, Question, read_player
+from prefopt.rollout.engine import SamplingSettings
 from prefopt.rounds.storage import atomic_write
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # all others: 0
@@ -44,8 +43,15 @@ def player_of(
     if is_answers_file(model):
         return read_player(model, questions, 2)
     generator = generator_of(model, arguments)
-    base = replace(settings_of(arguments), temperature=0.0)
-    settings = [replace(base, temperature=TEMPERATURES.get(q.category, 0.0)) for q in questions]
+    settings = [
+        SamplingSettings(
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=TEMPERATURES.get(question.category, 0.0),
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+        for question in questions
+    ]
     stem = model.strip("/").replace("/", "_")
     said: list[list[str]] = [[] for _ in questions]
     decoding: dict[str, Any] = {}

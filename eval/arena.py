@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefopt.errors import PrefoptError
-from prefopt.eval.answers import answers_of, is_answers_file
+from prefopt.eval.answers import answers_of, model_name
 from prefopt.eval.arena_scores import (
     CONTROLS,
     Battle,
@@ -30,7 +30,6 @@ from prefopt.eval.questions import (
     Question,
     describe_questions,
     players_of,
-    read_player,
     read_questions,
 )
 from prefopt.eval.style import style_differences, style_of
@@ -62,7 +61,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     api = api_of(arguments, out)
     baseline, *players = players_of(
         (arguments.baseline, *arguments.models),
-        lambda model: _player(model, questions, arguments, out / "answers"),
+        questions,
+        1,
+        lambda model: _answered(model, questions, arguments, out / "answers"),
     )
     lines = _play(api, questions, baseline, players, arguments.judge_max_tokens)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -93,8 +94,8 @@ def print_result(result: dict[str, Any]) -> None:
     console = Console()
     for category, part in result["tables"].items():
         table = Table("model", title=f"{category}: against {result['baseline']}")
-        for column in ("score", "CI rows", "mean", "CI questions", "Elo", "counted", "dropped"):
-            table.add_column(column, justify="right")
+        for column in ("score", "CI, scores", "mean", "CI, questions", "Elo", "dropped"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in part["scores"]:
             table.add_row(
                 row["model"],
@@ -103,31 +104,32 @@ def print_result(result: dict[str, Any]) -> None:
                 _number(row.get("mean")),
                 _range(row.get("questions_interval")),
                 _number(row.get("elo"), 0),
-                str(row["questions"]),
                 str(row["dropped"]),
             )
         console.print(table)
-        for name, controlled in part.get("style_control", {}).items():
-            console.print(_style_table(f"{category}: {name} held fixed", controlled))
+        if "style_control" in part:
+            console.print(_style_table(category, part["style_control"]))
     console.print(
-        "Scores in 0-100, the baseline's is 50; intervals are 5-95 % of bootstraps over expanded "
-        "scores (as Arena-Hard) or over questions. Elo: the baseline has 1000; - where a model has "
-        "won or lost everything."
+        "Scores in 0-100, the baseline's is 50. Intervals are 5-95 % of bootstraps over expanded "
+        "scores, as Arena-Hard has it, or over questions, which is the honest one. Elo: the "
+        "baseline has 1000; - where a model has won or lost everything."
     )
 
 
-def _style_table(title: str, controlled: dict[str, Any]) -> Table:
-    table = Table("model", title=title)
-    for column in ("score", "CI questions", "at mean style", "CI rows", "Elo"):
-        table.add_column(column, justify="right")
-    for row in controlled["models"]:
+def _style_table(category: str, controlled: dict[str, Any]) -> Table:
+    """One row a model, one column a set of features that is held fixed."""
+    table = Table("model", title=f"{category}: at the baseline's style (CI, questions)")
+    for control in controlled:
+        table.add_column(control, justify="right")
+    rows = [{row["model"]: row for row in part["models"]} for part in controlled.values()]
+    for model in rows[0]:
+        found = [part[model] for part in rows]
         table.add_row(
-            row["model"],
-            _number(row["score"]),
-            _range(row["score_intervals"]["questions_interval"]),
-            _number(row["score_at_mean_style"]),
-            _range(row["score_at_mean_style_intervals"]["rows_interval"]),
-            _number(row["elo"], 0),
+            model,
+            *(
+                f"{row['score']:.1f} ({_range(row['score_intervals']['questions_interval'])})"
+                for row in found
+            ),
         )
     return table
 
@@ -137,17 +139,14 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _range(bounds: Sequence[float] | None) -> str:
-    return "-" if bounds is None else f"{bounds[0]:.1f} - {bounds[1]:.1f}"
+    return "-" if bounds is None else f"{bounds[0]:.1f}-{bounds[1]:.1f}"
 
 
-def _player(
+def _answered(
     model: str, questions: Sequence[Question], arguments: argparse.Namespace, folder: Path
 ) -> Player:
-    if is_answers_file(model):
-        return read_player(model, questions, 1)
     prompts: list[Any] = [[{"role": "user", "content": q.turns[0]}] for q in questions]
-    path = folder / f"{model.strip('/').replace('/', '_')}.jsonl"
-    made = answers_of(model, prompts, arguments, path)
+    made = answers_of(model, prompts, arguments, folder / f"{model_name(model)}.jsonl")
     return Player(made.name, model, [[row.text] for row in made.rows], made.decoding)
 
 

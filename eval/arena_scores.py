@@ -229,10 +229,7 @@ def style_table(
     """
     models = played(battles)
     cells = tabulate(battles, models)
-    chosen = cells.style[:, list(columns)]
-    mean = np.average(chosen, axis=0, weights=cells.counts)
-    spread = np.sqrt(np.average((chosen - mean) ** 2, axis=0, weights=cells.counts))
-    features = np.divide(chosen, spread, out=np.zeros_like(chosen), where=spread > 1e-12)
+    features = _in_deviations(cells, columns)
     centre = np.average(features, axis=0, weights=cells.counts)
     point = _fit(cells, cells.counts, len(models), features)
     drawn = {
@@ -241,29 +238,44 @@ def style_table(
         ]
         for by in ("rows", "questions")
     }
-    rows = []
-    for n, model in enumerate(models, start=1):
-        row: dict[str, Any] = {"model": model}
-        for name, at in (("score", 0 * centre), ("score_at_mean_style", centre)):
-            row[name] = 100 * float(expit(point.strengths[n] + at @ point.slopes))
-            row[f"{name}_intervals"] = {
-                f"{by}_interval": _interval(
-                    [100 * expit(fit.strengths[n] + at @ fit.slopes) for fit in fits]
-                )
-                for by, fits in drawn.items()
-            }
-        row["elo"] = _finite(point.elo(ANCHOR)[n])
-        rows.append(row)
-    return {
-        "slopes": {
-            FEATURES[column]: {
-                "slope": float(point.slopes[k]) if point.slopes_determined[k] else None,
-                "questions_interval": _interval([fit.slopes[k] for fit in drawn["questions"]]),
-            }
-            for k, column in enumerate(columns)
-        },
-        "models": sorted(rows, key=lambda row: -row["score"]),
+    rows: list[dict[str, Any]] = [
+        {"model": model, "elo": _finite(elo)}
+        for model, elo in zip(models, point.elo(ANCHOR)[1:], strict=True)
+    ]
+    for name, at in (("score", 0 * centre), ("score_at_mean_style", centre)):
+        scores = _scores_at([point], at)[0]
+        intervals = {f"{by}_interval": _scores_at(fits, at) for by, fits in drawn.items()}
+        for n, row in enumerate(rows):
+            row[name] = float(scores[n])
+            row[f"{name}_intervals"] = {by: _interval(part[:, n]) for by, part in intervals.items()}
+    slopes = {
+        FEATURES[column]: {
+            "slope": float(point.slopes[k]) if point.slopes_determined[k] else None,
+            "questions_interval": _interval([fit.slopes[k] for fit in drawn["questions"]]),
+        }
+        for k, column in enumerate(columns)
     }
+    return {"slopes": slopes, "models": sorted(rows, key=lambda row: -row["score"])}
+
+
+def _in_deviations(cells: Cells, columns: Sequence[int]) -> FloatArray:
+    """Style differences in standard deviations over all scores; 0 where they do not vary."""
+    chosen = cells.style[:, list(columns)]
+    mean = np.average(chosen, axis=0, weights=cells.counts)
+    spread = np.sqrt(np.average((chosen - mean) ** 2, axis=0, weights=cells.counts))
+    features: FloatArray = np.divide(
+        chosen, spread, out=np.zeros_like(chosen), where=spread > 1e-12
+    )
+    return features
+
+
+def _scores_at(fits: Sequence[BradleyTerry], at: FloatArray) -> FloatArray:
+    """Scores at a difference in style, shape [fits, models]; NaN where a model was not drawn."""
+    scores = [
+        np.where(np.isnan(fit.elo()), np.nan, expit(fit.strengths + at @ fit.slopes))
+        for fit in fits
+    ]
+    return 100 * np.array(scores)[:, 1:]
 
 
 def _fit(

@@ -15,7 +15,7 @@ from rich.table import Table
 from prefopt.errors import PrefoptError
 from prefopt.eval.judge_prompts import ask, describe_judge, readable, render
 from prefopt.eval.judging import api_of
-from prefopt.eval.mt_bench_answers import player_of, read_references
+from prefopt.eval.mt_bench_answers import answer_both_turns, read_references
 from prefopt.eval.mt_bench_scores import (
     FAILED,
     ROUNDS,
@@ -97,8 +97,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     references, without = read_references(arguments.references, questions)
     exam = Exam(questions, references, api_of(arguments, out), arguments.judge_max_tokens)
     players = players_of(
-        filter(None, (arguments.baseline, *arguments.models)),
-        lambda model: player_of(model, questions, arguments, out / "answers"),
+        [arguments.baseline, *arguments.models] if pairwise else arguments.models,
+        questions,
+        2,
+        lambda model: answer_both_turns(model, questions, arguments, out / "answers"),
     )
     if pairwise:
         lines, models = _compare(exam, players[0], players[1:])

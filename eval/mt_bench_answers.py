@@ -13,7 +13,6 @@ from prefopt.data.sources import read_rows
 from prefopt.errors import PrefoptError
 from prefopt.eval.answers import (
     generator_of,
-    is_answers_file,
     model_name,
     sample_to_file,
 )
@@ -25,23 +24,21 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 WITH_REFERENCE = ("math", "reasoning", "coding")
 
 
-def player_of(
+def answer_both_turns(
     model: str, questions: Sequence[Question], arguments: argparse.Namespace, folder: Path
 ) -> Player:
-    """The answers in a file, or those of a model.
+    """Has a model answer the first turns, and then the second ones after its own answers.
 
     Args:
-        model: A file of answers in FastChat's format, a folder with a model, or a Hub id.
+        model: A folder with a model, or a Hub id.
         questions: What a model answers, at the temperature of each question's category.
         arguments: The command's options on decoding.
         folder: Where a model's answers are kept: ``NAME_turn_1.jsonl`` and ``NAME_turn_2.jsonl`` as
             they are made, see `sample_to_file`, and ``NAME.jsonl`` in FastChat's format.
 
     Raises:
-        PrefoptError: It cannot be read, lacks answers, or the folder holds those of another model.
+        PrefoptError: It cannot be loaded, or the folder holds the answers of another model.
     """
-    if is_answers_file(model):
-        return read_player(model, questions, 2)
     generator = generator_of(model, arguments)
     settings = [
         SamplingSettings(
@@ -52,19 +49,19 @@ def player_of(
         )
         for question in questions
     ]
-    stem = model.strip("/").replace("/", "_")
+    name = model_name(model)
     said: list[list[str]] = [[] for _ in questions]
     decoding: dict[str, Any] = {}
     for turn in (1, 2):
         prompts = [_conversation(q, before) for q, before in zip(questions, said, strict=True)]
-        path = folder / f"{stem}_turn_{turn}.jsonl"
+        path = folder / f"{name}_turn_{turn}.jsonl"
         groups, record = sample_to_file(generator, prompts, settings, path)
         decoding[f"turn {turn}"] = record
         said = [
             [*before, group[0]["completion"]] for before, group in zip(said, groups, strict=True)
         ]
-    player = Player(model_name(model), model, said, decoding)
-    write_answers(folder / f"{stem}.jsonl", player, questions)
+    player = Player(name, model, said, decoding)
+    write_answers(folder / f"{name}.jsonl", player, questions)
     return player
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from prefopt.data.sources import Row, read_rows
 from prefopt.errors import DataError, PrefoptError
-from prefopt.eval.answers import read_answers
+from prefopt.eval.answers import is_answers_file, model_name, read_answers
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,33 @@ def digest(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def players_of(models: Iterable[str], load: Callable[[str], Player]) -> list[Player]:
-    """Loads the answers of models one after the other.
+def players_of(
+    models: Sequence[str], questions: Sequence[Question], turns: int, make: Callable[[str], Player]
+) -> list[Player]:
+    """The answers of models; all files are read before any model answers.
+
+    Args:
+        models: Files of answers, folders with models, Hub ids.
+        questions: What must be answered.
+        turns: How many turns each question has.
+        make: Has a model answer here; the player is called `model_name`.
 
     Raises:
-        PrefoptError: Two of them have the same name.
+        PrefoptError: Answers cannot be read or made, or two models have the same name.
     """
-    players: list[Player] = []
-    for model in models:
-        player = load(model)
-        if player.name in {other.name for other in players}:
+    read = [
+        read_player(model, questions, turns) if is_answers_file(model) else None for model in models
+    ]
+    names: set[str] = set()
+    for model, player in zip(models, read, strict=True):
+        name = player.name if player else model_name(model)
+        if name in names:
             raise PrefoptError(
-                f"{model}: found a second model named {player.name!r}; name each once, and the "
-                "baseline in --baseline only"
+                f"{model}: found a second model named {name!r}; give each model and the baseline "
+                "once, and rename one if they are different"
             )
-        players.append(player)
-    return players
+        names.add(name)
+    return [player or make(model) for model, player in zip(models, read, strict=True)]
 
 
 def read_player(path: str | Path, questions: Sequence[Question], turns: int) -> Player:
@@ -195,13 +206,14 @@ def _all(
 
 
 def _answer_turns(row: Row, where: str) -> list[str]:
-    if "messages" in row:
-        said = [m.get("content") for m in row["messages"] if m.get("role") == "assistant"]
-        return _texts(said, where, "messages")
-    choices = row["choices"]
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise DataError(where, "choices", "expected a list of objects with 'turns'")
-    return _texts(choices[0].get("turns"), where, "choices")
+    column = "messages" if "messages" in row else "choices"
+    parts = row.get(column)
+    if not isinstance(parts, list) or not parts or not all(isinstance(p, dict) for p in parts):
+        raise DataError(where, column, "expected a list of objects, one or more")
+    if column == "choices":
+        return _texts(parts[0].get("turns"), where, column)
+    said = [part.get("content") for part in parts if part.get("role") == "assistant"]
+    return _texts(said, where, column)
 
 
 def _texts(turns: object, where: str, field: str) -> list[str]:

@@ -356,29 +356,25 @@ def test_a_model_that_answers_here_sees_its_own_first_turn(
     out = tmp_path / "out"
     words = [world.base, "--max-new-tokens", "4", "--seed", "3"]
     assert main(command(files, server.url, out, *words)) == 0
-    (stem,) = {path.name for path in (out / "answers").glob("*_turn_1.jsonl")}
-    first, second = (
-        read_jsonl(out / "answers" / stem.replace("turn_1", f"turn_{turn}")) for turn in (1, 2)
-    )
+    first, second = (read_jsonl(out / "answers" / f"base_turn_{n}.jsonl") for n in (1, 2))
     for question, one, two in zip(questions, first, second, strict=True):
-        asked = [{"role": "user", "content": text} for text in question["turns"]]
+        user = [{"role": "user", "content": text} for text in question["turns"]]
         said = {"role": "assistant", "content": one["completion"]}
-        assert one["prompt"] == asked[:1]
-        assert two["prompt"] == [asked[0], said, asked[1]]
+        assert one["prompt"] == user[:1]
+        assert two["prompt"] == [user[0], said, user[1]]
     result = json.loads((out / "result.json").read_text())
     (made,) = result["answers"].values()
     temperatures = [part["temperature"] for part in made["decoding"]["turn 2"]["sampling"]]
     assert temperatures == [0.7, 0.1, 0]
     assert {part["seed"] for part in made["decoding"]["turn 1"]["sampling"]} == {3}
-    player = read_player(
-        out / "answers" / stem.replace("_turn_1", ""), read_questions(files["questions"], 2), 2
-    )
+    asked = read_questions(files["questions"], 2)
+    player = read_player(out / "answers" / "base.jsonl", asked, 2)
     assert player.answers == [
         [one["completion"], two["completion"]] for one, two in zip(first, second, strict=True)
     ]
 
     # a killed run: the second turn's file is cut after two answers
-    path = out / "answers" / stem.replace("turn_1", "turn_2")
+    path = out / "answers" / "base_turn_2.jsonl"
     before = path.read_text()
     path.write_text("".join(before.splitlines(keepends=True)[:2]) + '{"index": 2, "pro')
     asked_again = counting_prompts(monkeypatch)

@@ -92,10 +92,13 @@ def fit_bradley_terry(
     """
     y, w, x = _arrays(outcomes, weights, features)
     n = len(y)
-    players = [_players(part, n, models) for part in (first, second)]
-    strengths = np.zeros((n, models))
-    strengths[np.arange(n), players[0]] += 1
-    strengths[np.arange(n), players[1]] -= 1
+    one, two = (_players(part, n, models) for part in (first, second))
+    counts = w > 0
+    one, two, y, w, x = one[counts], two[counts], y[counts], w[counts], x[counts]
+    rows = np.arange(len(y))
+    strengths = np.zeros((len(y), models))
+    strengths[rows, one] += 1
+    strengths[rows, two] -= 1
     free = np.delete(np.arange(models), baseline)
     design = np.concatenate([strengths[:, free], x], axis=1)
     beta = np.zeros(design.shape[1])
@@ -130,7 +133,7 @@ def _newton(
         while (new := loss(beta + step)) > value * (1 + 1e-12) + 1e-12:
             step = step / 2
         beta, value = beta + step, new
-        if np.abs(step).max(initial=0) < 1e-7:
+        if np.abs(step).max(initial=0) < 1e-6:  # its square is what is left
             return beta, hessian
     raise PrefoptError(
         f"Bradley-Terry: no convergence in {MAX_STEPS} steps; bring the features to unit scale"

@@ -43,7 +43,7 @@ def style_of(text: str) -> Style:
     """Counts; markdown inside fenced code does not count, its words do.
 
     >>> style_of("# Fish\\n- **cod**\\n- eel")
-    Style(tokens=11, headers=1, lists=2, bold=1)
+    Style(tokens=10, headers=1, lists=2, bold=1)
     """
     lines = _prose(text)
     return Style(

@@ -184,6 +184,7 @@ def _arena(parser: Parser) -> None:
     parser.add_argument("--bootstrap", type=count, default=100, metavar="N", help="rounds")
     parser.add_argument("--out", default="runs/arena", help="folder of the result")
     _add_judge(parser, ("api",))
+    parser.add_argument("--judge-max-tokens", type=count, default=4096)
     add_decoding(parser, temperature=0.0, max_new_tokens=4096)
 
 
@@ -195,6 +196,7 @@ def _mt_bench(parser: Parser) -> None:
     parser.add_argument("--baseline", help="pairwise: what all models are compared with")
     parser.add_argument("--out", default="runs/mt-bench", help="folder of the result")
     _add_judge(parser, ("api",))
+    parser.add_argument("--judge-max-tokens", type=count, default=2048)
     add_decoding(parser, temperature=None, max_new_tokens=1024)
 
 

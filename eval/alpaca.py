@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import math
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -230,11 +231,14 @@ def compare_annotations(judged: Annotations, path: str) -> dict[str, Any]:
             f"{path}: found the baseline {other.baseline!r}, expected {judged.baseline!r}: win "
             "rates over different baselines cannot be compared"
         )
-    sides = [
-        dict(zip(side.instructions, win_probabilities(side.preferences).tolist(), strict=True))
-        for side in (judged, other)
-    ]
-    return {"model": other.model, "file": path, **asdict(paired_comparison(*sides))}
+    compared = paired_comparison(_by_instruction(judged), _by_instruction(other))
+    return {"model": other.model, "file": path, **asdict(compared)}
+
+
+def _by_instruction(judged: Annotations) -> dict[Hashable, float]:
+    return dict(
+        zip(judged.instructions, win_probabilities(judged.preferences).tolist(), strict=True)
+    )
 
 
 def _probabilities(judged: Annotations) -> np.ndarray:

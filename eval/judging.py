@@ -102,13 +102,22 @@ def judge_pairs(
         float64 [pairs]; NaN where a judge behind an API could not be understood.
 
     Raises:
-        PrefoptError: The judge refuses a pair or a local one says what is no probability.
+        PrefoptError: The judge refuses a pair, a local one says what is no probability, or
+            nothing that a judge behind an API says can be read.
     """
     if isinstance(judge, ApiJudge):  # keeps its answers itself
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("judge", total=len(prompts))
             compared = judge.compare(prompts, a, b, done=lambda *_: bar.advance(task))
-        return np.array([comparison.preference for comparison in compared])
+        values = np.array([comparison.preference for comparison in compared])
+        if np.isnan(values).all():
+            (said, *_) = [game.answer.text for pair in compared for game in pair.games]
+            raise PrefoptError(
+                f"judge {judge.api.model}: none of its {len(values)} answers could be read; it "
+                f"said {said!r:.40}, expected the token m or M; use a model that follows the "
+                "instruction to reply with one of them"
+            )
+        return values
     return _judge_kept("preference", judge.prefer, record, (prompts, a, b), path)
 
 

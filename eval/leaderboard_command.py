@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     reference = None
     if arguments.baseline:
-        rows = read_answers(arguments.baseline).rows
-        reference = [instruction_of(row.prompt) for row in rows]
+        answers = read_answers(arguments.baseline)
+        reference = [instruction_of(row.prompt) for row in answers.rows]
     difficulties = {
         name: difficulty
         for name, judged in models.items()

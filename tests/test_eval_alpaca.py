@@ -162,12 +162,12 @@ def test_what_a_judge_cannot_say_is_counted(
         server.reply = reply
         command = ("eval", "alpaca", model, "--baseline", baseline, "--bootstrap", 20)
         result = result_of(capsys, *command, "--out", tmp_path, *api_options(server))
-    annotations = json.loads((tmp_path / "annotations.json").read_text())
-    assert [row["preference"] is None for row in annotations].count(True) == 1
         assert (result["unjudged"], result["n"]) == (1, 29)
         server.reply = lambda body: ("Neither", {"Neither": 0.9})
         line = error_of(capsys, *command, "--out", tmp_path / "none", *api_options(server))
         assert "none of its 30 answers could be read; it said 'Neither'" in line
+    annotations = json.loads((tmp_path / "annotations.json").read_text())
+    assert [row["preference"] is None for row in annotations].count(True) == 1
 
 
 def test_alpaca_through_a_troubled_server_that_is_left_half_way(tmp_path: Path) -> None:

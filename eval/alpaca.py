@@ -275,11 +275,12 @@ def print_result(result: dict[str, Any]) -> None:
     for key, sentence in (
         ("unjudged", "{} answers of the judge could not be read and are left out of the win rate"),
         ("missing", "{} instructions are not answered and left out"),
-        ("approximation", "approximation: {}"),
         ("warning", "note: {}"),
     ):
         if result[key]:
             print(sentence.format(result[key]))
+    for part in filter(None, result["approximation"].split("; ")):
+        print(f"approximation: {part}")
     for row in result["compared_with"]:
         low, high = row["ci"]
         print(

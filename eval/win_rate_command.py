@@ -153,7 +153,10 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['baseline_mean_length']:.0f} characters"
     )
     if controlled := result["length_controlled"]:
-        print(f"length-controlled {controlled['win_rate']:.1f} % ({controlled['approximation']})")
+        print(
+            f"length-controlled {controlled['win_rate']:.1f} %, fitted to these answers alone "
+            "(docs/length_control.md)"
+        )
     if result["unjudged"]:
         print(f"{result['unjudged']} answers of the judge could not be read and are left out")
     table = Table("first answer", "pairs", "win rate, %", "95 % interval")

@@ -174,7 +174,7 @@ def test_long_files_and_samples_stay_under_three_megabytes(tmp_path):
 
 
 def test_too_many_curves_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("prefopt.eval.report.CURVE_BYTES", 20_000)
+    monkeypatch.setattr("prefopt.eval.report_curves.CURVE_BYTES", 20_000)
     rows = [{"step": s, **{f"metric_{m}": s * m + s for m in range(12)}} for s in range(20)]
     write_lines(tmp_path / "metrics.jsonl", rows)
     text, page = report(tmp_path)

@@ -1,0 +1,172 @@
+"""What training evaluated as it went, read from run folders, and whether runs may be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.eval.plots import Rate
+from prefopt.eval.run_folder import Run, Series, is_number, read_lines, read_object
+
+NAMES = {"judge": "judge", "baseline": "answers of the baseline", "prompts": "prompts"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run.
+
+    Attributes:
+        result: What its `result.json` says; `win_rate` is a number in 0-100.
+        kl: KL of the evaluated policy from the reference in nats, None where it is not known.
+        folder: Where its answers are, None where only the summary tells of it.
+    """
+
+    result: Mapping[str, Any]
+    kl: float | None
+    folder: Path | None
+
+    @property
+    def after(self) -> str:
+        """How far the run was, in words."""
+        return f"{self.result.get('unit', 'round')} {self.result.get('after', '?')}"
+
+    def number(self, key: str) -> float | None:
+        """A number of the result, None where it is missing."""
+        value = self.result.get(key)
+        return value if is_number(value) else None
+
+    def rate(self, x: float) -> Rate:
+        """The win rate at some place of a plot's horizontal axis."""
+        return Rate(self.result["win_rate"], interval(self.result), x, self.after)
+
+
+def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of a row's win rate, where it has one."""
+    ci = row.get("win_rate_ci")
+    if isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci)):
+        return ci[0], ci[1]
+    return None
+
+
+def read_evaluations(run: Run, remarks: list[str]) -> list[Evaluation]:
+    """The evaluations of a run in order: of its folder, else those its summary tells of.
+
+    Args:
+        run: The run.
+        remarks: Receives a sentence on whatever could not be read.
+    """
+    paths = sorted(run.folder.glob("evaluations/*/result.json"))
+    found = [(read_object(path, remarks), path.parent) for path in paths]
+    told = run.summary.get("evaluations")
+    if not found and isinstance(told, list):
+        found = [(row, None) for row in told if isinstance(row, dict)]
+    kls = run.metrics.get("kl", {})
+    evaluations = [
+        Evaluation(row, _kl(row, kls), folder)
+        for row, folder in found
+        if is_number(row.get("win_rate"))
+    ]
+    if len(evaluations) < len(found):
+        missing = len(found) - len(evaluations)
+        remarks.append(f"{run.folder.name}: {missing} evaluations have no win rate; left out.")
+    return sorted(evaluations, key=lambda each: each.number("step") or 0)
+
+
+def _kl(result: Mapping[str, Any], logged: Series) -> float | None:
+    """The result's own KL, or what training logged around its step, but nothing beyond that."""
+    kl, step = result.get("kl"), result.get("step")
+    if is_number(kl):
+        return kl
+    steps = list(logged)
+    if not steps or not is_number(step) or not steps[0] <= step <= steps[-1]:
+        return None
+    return float(np.interp(step, steps, list(logged.values())))
+
+
+def run_row(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
+    """A run in numbers, as of its last evaluation; what is not known is missing.
+
+    Returns:
+        Of `algorithm`, `win_rate` and `win_rate_ci` (0-100), `lc_win_rate` (0-100), `prompts`,
+        `kl` in nats, `mean_length` and `baseline_mean_length` in characters, `seconds` and
+        `steps` those that are known; and `kl_step` where the KL is the last that was logged, of
+        an earlier step than the evaluation.
+    """
+    row: dict[str, Any] = {}
+    if isinstance(name := run.summary.get("algorithm"), str):
+        row["algorithm"] = name
+    if evaluations:
+        last = evaluations[-1]
+        for key in ("win_rate", "prompts", "mean_length", "baseline_mean_length"):
+            if (value := last.number(key)) is not None:
+                row[key] = value
+        if ci := interval(last.result):
+            row["win_rate_ci"] = list(ci)
+        if (lc := lc_win_rate(last)) is not None:
+            row["lc_win_rate"] = lc
+        if last.kl is not None:
+            row["kl"] = last.kl
+    logged = run.metrics.get("kl")
+    if "kl" not in row and logged:
+        row["kl_step"], row["kl"] = [*logged.items()][-1]
+    for key in ("seconds", "steps"):
+        if is_number(value := run.summary.get(key)):
+            row[key] = value
+    return row
+
+
+def lc_win_rate(evaluation: Evaluation) -> float | None:
+    """The length-controlled win rate in 0-100, where there is one."""
+    controlled = evaluation.result.get("length_controlled")
+    value = controlled.get("win_rate") if isinstance(controlled, dict) else None
+    return value if is_number(value) else None
+
+
+def differences(runs: Mapping[str, Run], evaluations: Mapping[str, list[Evaluation]]) -> list[str]:
+    """What keeps the last evaluations of runs from being compared, a sentence each.
+
+    Win rates mean the same only by the same judge, against the same answers, on the same prompts.
+    """
+    facts = {
+        name: _what_was_judged(runs[name], found[-1])
+        for name, found in evaluations.items()
+        if found
+    }
+    sentences = []
+    for key, what in NAMES.items():
+        groups: dict[str, list[str]] = {}
+        for name, known in facts.items():
+            groups.setdefault(known[key], []).append(name)
+        if len(groups) > 1:
+            parts = "; ".join(
+                f"{', '.join(names)}" + (f": {value}" if key == "judge" else "")
+                for value, names in groups.items()
+            )
+            sentences.append(
+                f"Win rates are not comparable: the {what} differ between the runs ({parts})."
+                if key != "judge"
+                else f"Win rates are not comparable: the runs had different judges ({parts})."
+            )
+    return sentences
+
+
+def _what_was_judged(run: Run, last: Evaluation) -> dict[str, str]:
+    """The judge as text; hashes of prompts and answers, or what the result says in their place."""
+    rows = read_lines(run.folder / "evaluations" / "baseline.jsonl", [])
+    prompts = [row.get("prompt") for row in rows] or last.number("prompts")
+    answers = [row.get("completion") for row in rows] or last.result.get("baseline")
+    return {
+        "judge": json.dumps(last.result.get("judge"), sort_keys=True),
+        "baseline": _hash(answers),
+        "prompts": _hash(prompts),
+    }
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

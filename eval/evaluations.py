@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ import numpy as np
 
 from prefopt.eval.plots import Rate
 from prefopt.eval.run_folder import Run, Series, is_number, read_lines, read_object
-
-NAMES = {"judge": "judge", "baseline": "answers of the baseline", "prompts": "prompts"}
 
 
 @dataclass(frozen=True)
@@ -131,42 +128,47 @@ def lc_win_rate(evaluation: Evaluation) -> float | None:
 def differences(runs: Mapping[str, Run], evaluations: Mapping[str, list[Evaluation]]) -> list[str]:
     """What keeps the last evaluations of runs from being compared, a sentence each.
 
-    Win rates mean the same only by the same judge, against the same answers, on the same prompts.
+    Win rates mean the same only on the same prompts, against the same answers, by the same judge.
     """
-    facts = {
-        name: _what_was_judged(runs[name], found[-1])
-        for name, found in evaluations.items()
-        if found
+    last = {name: found[-1] for name, found in evaluations.items() if found and name in runs}
+    if len(last) < 2:
+        return []
+    base = {
+        name: read_lines(runs[name].folder / "evaluations" / "baseline.jsonl", []) for name in last
+    }
+    if unknown := [name for name, rows in base.items() if not rows]:
+        return [
+            "Whether win rates may be compared is not known: there is no evaluations/baseline.jsonl "
+            f"in {', '.join(unknown)}."
+        ]
+    judges = {name: _as_key(each.result.get("judge")) for name, each in last.items()}
+    prompts = {name: _as_key([row.get("prompt") for row in rows]) for name, rows in base.items()}
+    answers = {
+        name: _as_key([row.get("completion") for row in rows]) for name, rows in base.items()
     }
     sentences = []
-    for key, what in NAMES.items():
-        groups: dict[str, list[str]] = {}
-        for name, known in facts.items():
-            groups.setdefault(known[key], []).append(name)
-        if len(groups) > 1:
-            parts = "; ".join(
-                f"{', '.join(names)}" + (f": {value}" if key == "judge" else "")
-                for value, names in groups.items()
-            )
-            sentences.append(
-                f"Win rates are not comparable: the {what} differ between the runs ({parts})."
-                if key != "judge"
-                else f"Win rates are not comparable: the runs had different judges ({parts})."
-            )
+    if len(set(judges.values())) > 1:
+        parts = (f"{', '.join(names)} had {judge}" for judge, names in _groups(judges).items())
+        sentences.append(f"Win rates are not comparable, judges differ: {'; '.join(parts)}.")
+    if len(set(prompts.values())) > 1:
+        sentences.append(_differ("prompts", prompts))
+    elif len(set(answers.values())) > 1:
+        sentences.append(_differ("answers of the baselines", answers))
     return sentences
 
 
-def _what_was_judged(run: Run, last: Evaluation) -> dict[str, str]:
-    """The judge as text; hashes of prompts and answers, or what the result says in their place."""
-    rows = read_lines(run.folder / "evaluations" / "baseline.jsonl", [])
-    prompts = [row.get("prompt") for row in rows] or last.number("prompts")
-    answers = [row.get("completion") for row in rows] or last.result.get("baseline")
-    return {
-        "judge": json.dumps(last.result.get("judge"), sort_keys=True),
-        "baseline": _hash(answers),
-        "prompts": _hash(prompts),
-    }
+def _differ(what: str, keys: Mapping[str, str]) -> str:
+    parts = (", ".join(names) for names in _groups(keys).values())
+    return f"Win rates are not comparable, {what} differ: {' / '.join(parts)}."
 
 
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def _groups(keys: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names that have the same key, by key."""
+    groups: dict[str, list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def _as_key(value: object) -> str:
+    return json.dumps(value, sort_keys=True)

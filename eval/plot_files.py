@@ -47,6 +47,11 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def lay_out(figure: Figure) -> None:
+    """Gives the axes their place in the figure."""
+    figure.get_layout_engine().execute(figure)
+
+
 def finish(
     figure: Figure, name: str, title: str, table: Table, legend: Sequence[Line2D] = ()
 ) -> Plot:
@@ -59,8 +64,8 @@ def finish(
         table: For the CSV file.
         legend: What the page says elsewhere, such as which colour is which run.
     """
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    lay_out(figure)
+    figure.set_layout_engine(None)  # the layout is made, and saving would make it again
     svg = _inline(_svg(figure, transparent=True), title)
     _make_room(figure, title, legend)
     image = BytesIO()
@@ -113,7 +118,8 @@ def _make_room(figure: Figure, title: str, legend: Sequence[Line2D]) -> None:
     axes.set_position(
         (box.x0, (below + box.y0 * height) / whole, box.width, box.height * height / whole)
     )
-    shown = title if len(title) < 16 * width else f"{title[: int(16 * width)]}…"
+    most = int(11 * width)  # characters of bold 9 points
+    shown = title if len(title) <= most else f"{title[: most - 1]}…"
     figure.text(0.02, 1 - 0.04 / whole, shown, va="top", fontsize=9, fontweight="bold")
     if legend:
         figure.legend(handles=legend, loc="lower left", ncols=columns, borderaxespad=0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from prefopt.eval.plot_files import INK, Plot, Table, finish, new_axes
+from prefopt.eval.plot_files import INK, Plot, Table, finish, lay_out, new_axes
 from prefopt.eval.win_rate import wilson_interval
 
 # Okabe and Ito's colour-blind safe palette, less its yellow (lost on white) and its black.
@@ -199,8 +200,9 @@ def length_histograms(
     """
     every = np.concatenate([*lengths.values(), *before.values()])
     # A few very long answers would press all others into one bar: the last bar holds them.
-    top = max(float(np.quantile(every, 0.99)), 1.0)
-    edges = np.linspace(0, top, BINS + 1)
+    width = max(1, math.ceil(np.quantile(every, 0.99) / BINS))  # whole, as lengths are
+    edges = width * np.arange(BINS + 1)
+    top = edges[-1]
     figure, axes = new_axes(4.6, 0.75 + 0.62 * len(lengths))
     rows: list[list[Any]] = []
 
@@ -336,7 +338,7 @@ def _label_points(
     figure: Figure, axes: Axes, labels: Sequence[tuple[str, Rate]], points: Sequence[Rate]
 ) -> None:
     """Writes each label beside its point or at an end of its bar, where most room is left."""
-    figure.draw_without_rendering()
+    lay_out(figure)
     taken = [spot for point in points for spot in axes.transData.transform(_bar(point))]
     scale = figure.dpi / 72
     for label, point in labels:

@@ -98,7 +98,7 @@ def curve_groups(
             plot = plots.curves(
                 lines,
                 name=f"curve-{metric}-{shown[0]}" if own else f"curve-{metric}",
-                title=f"{metric} over steps: {', '.join(shown)}",
+                title=f"{metric} over steps" + (f": {shown[0]}" if len(shown) == 1 else ""),
                 rounds=_begins(runs[shown[0]]) if len(shown) == 1 else (),
                 styles=styles if len(shown) > 1 else None,
             )

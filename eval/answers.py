@@ -16,6 +16,7 @@ from prefopt.eval.run_folder import Run, is_number, read_lines
 MAX_ROWS = 200
 MAX_CELL = 2_000
 MAX_BYTES = 900_000  # of the page
+CELL_BYTES = 140  # of a cell's tags
 
 
 @dataclass
@@ -61,14 +62,11 @@ def rows_of_evaluations(
             continue
         base = read_lines(runs[name].folder / "evaluations" / "baseline.jsonl", remarks)
         own = read_lines(folder / "answers.jsonl", remarks)
-        alone = not shared
-        called = shared.setdefault(
-            json.dumps([[_key(row), row.get("completion")] for row in base]),
-            "baseline" if alone else f"baseline of {name}",
-        )
-        while called in runs:
-            called += " answers"
-        for answerer, lines in ((called, base), (name, own)):
+        if base:
+            new = f"baseline of {name}" if shared else "baseline"
+            same = json.dumps([[_key(line), line.get("completion")] for line in base])
+            names[name] = shared.setdefault(same, new if new not in runs else f"{new} (answers)")
+        for answerer, lines in ((names.get(name, ""), base), (name, own)):
             for line in lines:
                 row = rows.setdefault(_key(line), Row(_as_text(line.get("prompt"))))
                 row.answers[answerer] = line.get("completion", "")
@@ -77,8 +75,6 @@ def rows_of_evaluations(
         for (prompt, _), row in rows.items():
             if (value := preferred.get(numbers.get(prompt))) is not None:
                 row.preferences[name] = value
-        if base:
-            names[name] = called
     return list(rows.values()), names
 
 
@@ -116,9 +112,9 @@ def page_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     for row in rows[:MAX_ROWS]:
         prompt = clip(row.prompt, MAX_CELL)
         answers = {name: clip(text, MAX_CELL) for name, text in row.answers.items()}
-        size += sum(
-            len(escape(text).encode(errors="replace")) for text in (prompt, *answers.values())
-        )
+        texts = [prompt, *answers.values(), *names]
+        size += sum(len(escape(text).encode(errors="replace")) for text in texts)
+        size += CELL_BYTES * len(names)
         if size > MAX_BYTES:
             break
         values = [row.preferences.get(name) for name in judged]

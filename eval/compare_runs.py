@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -60,7 +59,7 @@ def compare_runs(folders: Sequence[str], out: str | None = None) -> dict[str, An
 def print_comparison(result: Mapping[str, Any]) -> None:
     """Shows a comparison as a table on stdout, and what to beware of on stderr."""
     rows = result["runs"]
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", overflow="fold", min_width=14)
     for head in ("win rate, %", "LC, %", "KL", "length", "steps", "time"):
         table.add_column(head, justify="right", no_wrap=True)

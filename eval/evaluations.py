@@ -138,7 +138,7 @@ def differences(runs: Mapping[str, Run], evaluations: Mapping[str, list[Evaluati
     }
     if unknown := [name for name, rows in base.items() if not rows]:
         return [
-            "Whether win rates may be compared is not known: there is no evaluations/baseline.jsonl "
+            "Whether win rates may be compared is not known: evaluations/baseline.jsonl is missing "
             f"in {', '.join(unknown)}."
         ]
     judges = {name: _as_key(each.result.get("judge")) for name, each in last.items()}

@@ -47,6 +47,11 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def plain(text: str) -> str:
+    """Text that can be drawn and stand in XML: no control characters, no lone surrogates."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
 def lay_out(figure: Figure) -> None:
     """Gives the axes their place in the figure."""
     figure.get_layout_engine().execute(figure)
@@ -64,6 +69,7 @@ def finish(
         table: For the CSV file.
         legend: What the page says elsewhere, such as which colour is which run.
     """
+    title = plain(title)
     lay_out(figure)
     figure.set_layout_engine(None)  # the layout is made, and saving would make it again
     svg = _inline(_svg(figure, transparent=True), title)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from prefopt.eval.plot_files import INK, Plot, Table, finish, lay_out, new_axes
+from prefopt.eval.plot_files import INK, Plot, Table, finish, lay_out, new_axes, plain
 from prefopt.eval.win_rate import wilson_interval
 
 # Okabe and Ito's colour-blind safe palette, less its yellow (lost on white) and its black.
@@ -154,7 +154,7 @@ def win_rate_paths(
     axes.margins(x=0.14 if labelled else 0.05, y=0.12)
     if all(point.x == round(point.x) for path in paths.values() for point in path):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=x, ylabel="win rate, %")
+    axes.set(xlabel=plain(x), ylabel="win rate, %")
     if labelled:
         _label_points(figure, axes, _labels(paths), [p for path in paths.values() for p in path])
     rows = [
@@ -306,7 +306,8 @@ def _handles(
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"
+    """A name as it is drawn."""
+    return plain(name if len(name) <= 24 else f"{name[:23]}…")
 
 
 def _arms(rate: Rate) -> list[list[float]]:
@@ -331,7 +332,7 @@ def _labels(paths: Mapping[str, Sequence[Rate]]) -> list[tuple[str, Rate]]:
     (points,) = paths.values()
     shown = points if len(points) <= MAX_LABELS else [points[0], points[-1]]
     (run,) = paths
-    return [(point.label or _short(run), point) for point in shown]
+    return [(_short(point.label or run), point) for point in shown]
 
 
 def _label_points(

@@ -22,7 +22,6 @@ COLUMNS = (
 HOW_TO_GET = {
     "win_rate": "no evaluation: train with an `eval` section in the recipe",
     "kl": "no KL was logged: algorithms that sample log it, pair rounds from the second round on",
-    "mean_length": "no evaluation: train with an `eval` section in the recipe",
     "seconds": "no summary.json: the run is not finished; the same `prefopt train` goes on with it",
 }
 
@@ -63,7 +62,7 @@ def missing(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = []
     for key, how in HOW_TO_GET.items():
         names = [name for name, row in rows.items() if key not in row]
-        if names and (key != "mean_length" or "win_rate" in rows[names[0]]):
+        if names:
             notes.append(f"{label(key).split(',')[0]} is missing for {', '.join(names)}: {how}.")
     return notes
 

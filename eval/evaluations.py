@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,9 @@ def read_evaluations(run: Run, remarks: list[str]) -> list[Evaluation]:
         remarks: Receives a sentence on whatever could not be read.
     """
     paths = sorted(run.folder.glob("evaluations/*/result.json"))
-    found = [(read_object(path, remarks), path.parent) for path in paths]
+    found: list[tuple[dict[str, Any], Path | None]] = [
+        (read_object(path, remarks), path.parent) for path in paths
+    ]
     told = run.summary.get("evaluations")
     if not found and isinstance(told, list):
         found = [(row, None) for row in told if isinstance(row, dict)]
@@ -86,7 +88,7 @@ def _kl(result: Mapping[str, Any], logged: Series) -> float | None:
     return float(np.interp(step, steps, list(logged.values())))
 
 
-def run_row(run: Run, evaluations: list[Evaluation]) -> dict[str, Any]:
+def run_row(run: Run, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """A run in numbers, as of its last evaluation; what is not known is missing.
 
     Returns:
@@ -125,7 +127,9 @@ def lc_win_rate(evaluation: Evaluation) -> float | None:
     return value if is_number(value) else None
 
 
-def differences(runs: Mapping[str, Run], evaluations: Mapping[str, list[Evaluation]]) -> list[str]:
+def differences(
+    runs: Mapping[str, Run], evaluations: Mapping[str, Sequence[Evaluation]]
+) -> list[str]:
     """What keeps the last evaluations of runs from being compared, a sentence each.
 
     Win rates mean the same only on the same prompts, against the same answers, by the same judge.

@@ -54,7 +54,9 @@ def plain(text: str) -> str:
 
 def lay_out(figure: Figure) -> None:
     """Gives the axes their place in the figure."""
-    figure.get_layout_engine().execute(figure)
+    engine = figure.get_layout_engine()
+    if engine is not None:  # None: the places are final
+        engine.execute(figure)
 
 
 def finish(

@@ -20,7 +20,7 @@ from prefopt.eval.win_rate import wilson_interval
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c8c")
 MARKERS = "osD^vPX"
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
-HALF = {"color": INK, "lw": 0.9, "ls": (0, (4, 3))}  # the line of no difference
+HALF: Any = {"color": INK, "lw": 0.9, "ls": (0, (4, 3))}  # the line of no difference
 MAX_POINTS = 150
 MAX_LABELS = 8
 FEW = 12  # points of a curve that are each shown, and rounds whose begin is

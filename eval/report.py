@@ -133,7 +133,10 @@ def _render(
         "judges": [_judge(name, value, styles[name]) for name, value in judges.items()],
         "lengths": _lengths(rows, list(answered), baselines, styles),
         "curves": curve_groups(
-            {name: runs[name] for name in trained}, styles, remarks, evaluations
+            {name: runs[name] for name in trained},
+            styles,
+            remarks,
+            evaluated=any(evaluations.values()),
         ),
     }
     drawn = _plots(parts)

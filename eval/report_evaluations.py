@@ -43,7 +43,7 @@ def evaluation_part(
         `warnings` on why win rates must not be compared, `figures` (caption, plot), and for each
         run the table of all its evaluations, `histories`.
     """
-    known = {name: run_row(runs[name], list(evaluations[name])) for name in runs}
+    known = {name: run_row(runs[name], evaluations[name]) for name in runs}
     warnings = differences(runs, evaluations)
     kept = [key for key in COLUMNS if any(key in row for row in known.values())]
     return {

@@ -426,3 +426,15 @@ def test_judge_of_a_run_in_a_folder_of_runs_is_shown(tmp_path):
     text, page = report(tmp_path)
     assert "0.780" in page.text
     assert len(figures(text)) == 1
+
+
+def test_logged_win_rates_are_drawn_once(tmp_path):
+    rows = [{"step": s, "loss": 1.0, "evaluation/win_rate": 50.0 + s} for s in (1, 2)]
+    write_lines(tmp_path / "alone" / "metrics.jsonl", rows)
+    report(tmp_path / "alone")
+    assert (tmp_path / "alone" / "plots" / "curve-evaluation-win_rate.png").exists()
+    folder = evaluated(tmp_path / "run", rates=(51.0, 52.0))
+    write_lines(folder / "metrics.jsonl", rows)
+    report(folder)
+    assert not list((folder / "plots").glob("curve-evaluation*"))
+    assert (folder / "plots" / "win-rate-over-rounds.png").exists()

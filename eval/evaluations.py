@@ -145,20 +145,27 @@ def differences(
             "Whether win rates may be compared is not known: evaluations/baseline.jsonl is missing "
             f"in {', '.join(unknown)}."
         ]
-    judges = {name: _as_key(each.result.get("judge")) for name, each in last.items()}
+    judges = {name: judge_in_words(each.result.get("judge")) for name, each in last.items()}
     prompts = {name: _as_key([row.get("prompt") for row in rows]) for name, rows in base.items()}
     answers = {
         name: _as_key([row.get("completion") for row in rows]) for name, rows in base.items()
     }
     sentences = []
     if len(set(judges.values())) > 1:
-        parts = (f"{', '.join(names)} had {judge}" for judge, names in _groups(judges).items())
-        sentences.append(f"Win rates are not comparable, judges differ: {'; '.join(parts)}.")
+        parts = (f"{', '.join(names)} ({judge})" for judge, names in _groups(judges).items())
+        sentences.append(f"Win rates are not comparable, judges differ: {' / '.join(parts)}.")
     if len(set(prompts.values())) > 1:
         sentences.append(_differ("prompts", prompts))
     elif len(set(answers.values())) > 1:
         sentences.append(_differ("answers of the baselines", answers))
     return sentences
+
+
+def judge_in_words(judge: object) -> str:
+    """The description of a judge on one line."""
+    if not isinstance(judge, dict):
+        return f"judge: {judge}"
+    return "judge: " + ", ".join(f"{key} {judge[key]}" for key in sorted(judge))
 
 
 def _differ(what: str, keys: Mapping[str, str]) -> str:

@@ -45,10 +45,10 @@ NOTES: dict[str, tuple[Note, ...]] = {
     "rewards": (
         (
             "What it is",
-            "beta times the log-probability that an answer gained over the reference: 0 at the "
-            "start.",
+            "Of a policy: beta times the log-probability that an answer gained over the "
+            "reference, 0 at the start. Of a reward model: its scores.",
         ),
-        ("Normal", "Chosen above rejected, often with both below 0."),
+        ("Normal", "Chosen above rejected; of a policy often with both below 0."),
         (
             "Not normal",
             "Curves that stay together, when nothing is learned; or a gap that grows without end "

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefopt.eval import plots
-from prefopt.eval.evaluations import Evaluation, differences, interval, lc_win_rate, run_row
+from prefopt.eval.evaluations import (
+    Evaluation,
+    differences,
+    interval,
+    judge_in_words,
+    lc_win_rate,
+    run_row,
+)
 from prefopt.eval.numbers import duration, label, number
 from prefopt.eval.run_folder import Run
 
@@ -49,7 +56,7 @@ def evaluation_part(
     return {
         "title": "Runs" if len(runs) > 1 else "Evaluation",
         "head": [label(key) for key in kept],
-        "rows": {name: [cell(key, row) for key in kept] for name, row in known.items()},
+        "rows": {name: [cell(key, row, "missing") for key in kept] for name, row in known.items()},
         "notes": missing(known),
         "warnings": warnings,
         "figures": [] if warnings else _figures(known, evaluations, styles),
@@ -146,7 +153,5 @@ def _history(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         for each in evaluations
     ]
     last = evaluations[-1].result
-    judge = last.get("judge")
-    facts = judge.items() if isinstance(judge, dict) else [("judge", judge)]
-    told = [*facts, ("baseline", last.get("baseline"))]
-    return {"head": head, "rows": rows, "facts": [f"{key}: {value}" for key, value in told]}
+    told = f"{judge_in_words(last.get('judge'))}; baseline: {last.get('baseline')}"
+    return {"head": head, "rows": rows, "facts": told}

@@ -318,7 +318,7 @@ def test_evaluations_of_a_run(tmp_path):
     assert "65.0 [60.0, 70.0]" in page.text
     assert "63.0" in page.text
     assert "online_dpo, 40 steps, 1 min 30 s" in page.text
-    assert "kind: reward_model, path: runs/judge, baseline: start" in page.text
+    assert "judge: kind reward_model, path runs/judge; baseline: start" in page.text
     # KL between the two steps it was logged at; nothing beyond them
     assert "2.00" in page.text
     assert "3.00 (at step 30)" in page.text

@@ -1,29 +1,30 @@
-"""The plots of the report, as inline SVG that takes the page's own ink, light or dark."""
+"""The plots of the report; :mod:`prefopt.eval.plot_files` makes SVG, PNG and CSV of them."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping, Sequence
-from html import escape
-from io import StringIO
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from prefopt.eval.plot_files import INK, Plot, Table, finish, lay_out, new_axes, plain
 from prefopt.eval.win_rate import wilson_interval
 
 # Okabe and Ito's colour-blind safe palette, less its yellow (lost on white) and its black.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c8c")
 MARKERS = "osD^vPX"
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
-# Stands for the page's text colour until the SVG is written; no other element may use it.
-INK = "#010203"
+HALF: Any = {"color": INK, "lw": 0.9, "ls": (0, (4, 3))}  # the line of no difference
 MAX_POINTS = 150
+MAX_LABELS = 8
+FEW = 12  # points of a curve that are each shown, and rounds whose begin is
+BINS = 30
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prefopt",
@@ -63,17 +64,20 @@ class Line(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     style: Style
+    run: str
+    metric: str
     label: str = ""
     solid: bool = True
     points_only: bool = False
 
 
 class Rate(NamedTuple):
-    """A win rate in 0-100 with its interval, and the divergence from the reference in nats."""
+    """A win rate in 0-100 with its 95 % interval, at some place on an axis."""
 
     win_rate: float
     ci: tuple[float, float] | None
-    kl: float | None
+    x: float
+    label: str = ""
 
 
 def style_of(index: int) -> Style:
@@ -85,106 +89,234 @@ def style_of(index: int) -> Style:
 
 
 @matplotlib.rc_context(STYLE)
-def win_rate_bars(rates: Mapping[str, Rate], styles: Mapping[str, Style]) -> Markup:
+def win_rate_bars(rates: Mapping[str, Rate], styles: Mapping[str, Style], *, name: str) -> Plot:
     """Horizontal bars, one an algorithm, with 95 % intervals and a line at 50 %."""
-    figure, axes = _axes(5.2, 0.75 + 0.34 * len(rates))
-    for row, (name, rate) in enumerate(rates.items()):
-        axes.barh(row, rate.win_rate, height=0.62, color=styles[name].colour)
+    figure, axes = new_axes(4.6, 0.75 + 0.34 * len(rates))
+    for row, (run, rate) in enumerate(rates.items()):
+        axes.barh(row, rate.win_rate, height=0.62, color=styles[run].colour)
         if rate.ci is not None:
             axes.errorbar(rate.win_rate, row, xerr=_arms(rate), color=INK, capsize=3, lw=1.1)
         right = rate.ci[1] if rate.ci else rate.win_rate
         axes.annotate(
             f"{rate.win_rate:.1f}", (right, row), (5, 0), textcoords="offset points", va="center"
         )
-    axes.axvline(50, color=INK, lw=0.9, ls=(0, (4, 3)))
+    axes.axvline(50, **HALF)
     axes.set(xlim=(0, 108), xticks=range(0, 101, 25), xlabel="win rate, %")
-    axes.set_yticks(range(len(rates)), list(rates))
+    axes.set_yticks(range(len(rates)), [_short(run) for run in rates])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0, labelsize=9)
-    return _svg(figure, "Win rate of each algorithm with its 95 % interval")
+    rows = [[run, rate.win_rate, *_ends(rate)] for run, rate in rates.items()]
+    table = Table(["run", "win_rate", "low", "high"], rows)
+    return finish(figure, name, "Win rates with their 95 % intervals", table)
 
 
 @matplotlib.rc_context(STYLE)
-def frontier(rates: Mapping[str, Rate], styles: Mapping[str, Style]) -> Markup:
-    """Win rate against KL, one labelled point an algorithm, error bars at 95 %."""
-    figure, axes = _axes(5.2, 3.4)
-    points = {name: (rate.kl, rate.win_rate) for name, rate in rates.items() if rate.kl is not None}
-    for name, point in points.items():
-        axes.errorbar(
-            *point,
-            yerr=_arms(rates[name]) if rates[name].ci else None,
-            color=styles[name].colour,
-            marker=styles[name].marker,
-            ls="none",
-            capsize=3,
-            elinewidth=1.2,
-            ms=6,
-        )
-    axes.axhline(50, color=INK, lw=0.9, ls=(0, (4, 3)))
-    axes.margins(x=0.14, y=0.12)
-    axes.set(xlabel="KL from the reference, nats", ylabel="win rate, %")
-    bars = {
-        name: [(kl, height) for height in np.linspace(*(rates[name].ci or (rate, rate)), 15)]
-        for name, (kl, rate) in points.items()
-    }
-    _label_points(figure, axes, points, bars)
-    return _svg(figure, "Win rate against KL from the reference, one point an algorithm")
+def win_rate_paths(
+    paths: Mapping[str, Sequence[Rate]],
+    styles: Mapping[str, Style],
+    *,
+    name: str,
+    title: str,
+    x: str,
+    labelled: bool = True,
+) -> Plot:
+    """Win rate against something else: one path a run, its last point the one that counts.
+
+    Args:
+        paths: Points of each run in order, error bars at 95 %.
+        styles: Of the runs.
+        name: Of the plot.
+        title: Of the plot.
+        x: What stands on the horizontal axis, with its unit.
+        labelled: Writes beside the last points whose they are; with one run of several points,
+            beside each its label.
+    """
+    figure, axes = new_axes(4.6, 3.2)
+    for run, points in paths.items():
+        style = styles[run]
+        at, heights = [point.x for point in points], [point.win_rate for point in points]
+        axes.plot(at, heights, color=style.colour, ls=style.dash, lw=1.2, alpha=0.7)
+        for index, point in enumerate(points):
+            last = index == len(points) - 1
+            axes.errorbar(
+                point.x,
+                point.win_rate,
+                yerr=_arms(point) if point.ci else None,
+                color=style.colour,
+                marker=style.marker,
+                ls="none",
+                capsize=3 if last else 1.5,
+                elinewidth=1.2 if last else 0.7,
+                ms=6 if last else 3.5,
+            )
+    axes.axhline(50, **HALF)
+    axes.margins(x=0.14 if labelled else 0.05, y=0.12)
+    if all(point.x == round(point.x) for path in paths.values() for point in path):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=plain(x), ylabel="win rate, %")
+    if labelled:
+        _label_points(figure, axes, _labels(paths), [p for path in paths.values() for p in path])
+    rows = [
+        [run, point.label, point.x, point.win_rate, *_ends(point)]
+        for run, points in paths.items()
+        for point in points
+    ]
+    head = ["run", "after", x.split(",")[0], "win_rate", "low", "high"]
+    legend = [] if labelled or len(paths) == 1 else _handles(list(paths), styles, markers=True)
+    return finish(figure, name, title, Table(head, rows), legend)
 
 
 @matplotlib.rc_context(STYLE)
-def calibration_plot(rows: Sequence[Mapping[str, float]], style: Style) -> Markup:
+def calibration_plot(name: str, rows: Sequence[Mapping[str, float]], style: Style) -> Plot:
     """Accuracy against stated confidence with Wilson's 95 % intervals; area grows with count."""
-    figure, axes = _axes(3.6, 3.2)
+    figure, axes = new_axes(3.6, 3.2)
     confidence = np.array([row["confidence"] for row in rows])
     accuracy = np.array([row["accuracy"] for row in rows])
     count = np.array([max(row["count"], 1) for row in rows])
     bounds = np.array([wilson_interval(a, n) for a, n in zip(accuracy, count, strict=True)])
     start = 0.5 if confidence.min() >= 0.5 else 0.0
-    axes.plot([start, 1], [start, 1], color=INK, lw=0.9, ls=(0, (4, 3)))
+    axes.plot([start, 1], [start, 1], **HALF)
     axes.vlines(confidence, bounds[:, 0], bounds[:, 1], color=style.colour, lw=1.2)
     axes.scatter(confidence, accuracy, s=16 + 120 * count / count.max(), color=style.colour)
     axes.set(xlabel="stated confidence", ylabel="accuracy", xlim=(start - 0.02, 1.02))
-    return _svg(figure, "Accuracy of the judge against its stated confidence")
+    numbers = np.column_stack([confidence, accuracy, bounds, count]).tolist()
+    table = Table(["confidence", "accuracy", "low", "high", "count"], numbers)
+    return finish(figure, f"calibration-{name}", "Accuracy against stated confidence", table)
 
 
 @matplotlib.rc_context(STYLE)
-def curves(lines: Sequence[Line], label: str) -> Markup:
-    """One small panel of curves over steps; long curves are averaged over runs of steps."""
-    figure, axes = _axes(3.3, 2.05)
+def length_histograms(
+    lengths: Mapping[str, Sequence[int]],
+    before: Mapping[str, Sequence[int]],
+    styles: Mapping[str, Style],
+) -> Plot:
+    """One histogram a run, filled, over the outline of what it is compared with.
+
+    Args:
+        lengths: Of each run's answers, in characters.
+        before: The same of its baseline, where there is one.
+        styles: Of the runs.
+    """
+    every = np.concatenate([*lengths.values(), *before.values()])
+    # A few very long answers would press all others into one bar: the last bar holds them.
+    width = max(1, math.ceil(np.quantile(every, 0.99) / BINS))  # whole, as lengths are
+    edges = width * np.arange(BINS + 1)
+    top = edges[-1]
+    figure, axes = new_axes(4.6, 0.75 + 0.62 * len(lengths))
+    rows: list[list[Any]] = []
+
+    def shares(name: str, which: str, values: Sequence[int]) -> np.ndarray:
+        counts, _ = np.histogram(np.minimum(values, top), edges)
+        bounds = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
+        rows.extend([name, which, *bound] for bound in bounds)
+        return counts / max(len(values), 1)
+
+    drawn = {
+        name: (
+            shares(name, "answers", values),
+            shares(name, "baseline", before[name]) if name in before else np.zeros(BINS),
+        )
+        for name, values in lengths.items()
+    }
+    scale = 0.85 / max(float(both.max()) for pair in drawn.values() for both in pair)
+    for row, (name, (after, base)) in enumerate(drawn.items()):
+        floor = len(drawn) - 1 - row
+        axes.stairs(
+            floor + scale * after,
+            edges,
+            baseline=floor,
+            fill=True,
+            color=styles[name].colour,
+            alpha=0.75,
+        )
+        if name in before:
+            axes.stairs(floor + scale * base, edges, baseline=floor, color=INK, lw=0.9)
+    axes.set(ylim=(0, len(drawn)), xlim=(0, top), xlabel="length of an answer, characters")
+    names = [_short(name) for name in drawn]
+    axes.set_yticks([len(drawn) - 0.7 - row for row in range(len(drawn))], names)
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.grid(False, axis="y")
+    table = Table(["run", "answers_of", "from", "to", "answers"], rows)
+    return finish(figure, "length", "Lengths of answers; outlined: the baseline's", table)
+
+
+@matplotlib.rc_context(STYLE)
+def curves(
+    lines: Sequence[Line],
+    name: str,
+    title: str,
+    rounds: Sequence[float] = (),
+    styles: Mapping[str, Style] | None = None,
+) -> Plot:
+    """One small panel of curves over steps; long curves are averaged over runs of steps.
+
+    Args:
+        lines: The curves.
+        name: Of the plot.
+        title: Of the plot.
+        rounds: Steps at which rounds begin.
+        styles: Of the runs, where several share the panel.
+    """
+    figure, axes = new_axes(3.3, 2.05)
     # Many noisy curves on one panel hide each other unless they are smoothed more.
     points = MAX_POINTS if len(lines) <= 4 else MAX_POINTS // 4
     for line in lines:
         x, y = (_stretch_means(values, points) for values in (line.x, line.y))
-        alone = len(x) == 1
         axes.plot(
             x,
             y,
             color=line.style.colour if line.solid else INK,
             ls="none" if line.points_only else line.style.dash if line.solid else DASHES[1],
-            marker=line.style.marker if line.points_only or alone else "",
+            marker=line.style.marker if line.points_only or len(x) <= FEW else "",
             mfc="none" if line.points_only else None,
-            ms=5,
+            ms=5 if line.points_only or len(x) == 1 else 3.5,
             lw=1.3,
             alpha=1 if line.solid else 0.7,
             label=line.label or "_",
         )
+    for step in rounds if 1 < len(rounds) <= FEW else ():
+        axes.axvline(step, color=INK, lw=0.7, ls=(0, (1, 2)), alpha=0.6, zorder=0)
     if any(line.label for line in lines):
         axes.legend(loc="best", handlelength=1.6, borderaxespad=0.2)
     axes.set_xlabel("step", fontsize=8)
     axes.locator_params(nbins=5)
-    return _svg(figure, label)
+    rows = [
+        [line.run, line.metric, x, y] for line in lines for x, y in zip(line.x, line.y, strict=True)
+    ]
+    legend = _handles(list(dict.fromkeys(line.run for line in lines)), styles) if styles else []
+    return finish(figure, name, title, Table(["run", "metric", "step", "value"], rows), legend)
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+def _handles(
+    names: Sequence[str], styles: Mapping[str, Style], markers: bool = False
+) -> list[Line2D]:
+    return [
+        Line2D(
+            [],
+            [],
+            color=styles[name].colour,
+            ls=styles[name].dash,
+            marker=styles[name].marker if markers else "",
+            ms=4,
+            label=_short(name),
+        )
+        for name in names
+    ]
+
+
+def _short(name: str) -> str:
+    """A name as it is drawn."""
+    return plain(name if len(name) <= 24 else f"{name[:23]}…")
 
 
 def _arms(rate: Rate) -> list[list[float]]:
     low, high = rate.ci or (rate.win_rate, rate.win_rate)
     return [[max(rate.win_rate - low, 0)], [max(high - rate.win_rate, 0)]]
+
+
+def _ends(rate: Rate) -> tuple[float | str, float | str]:
+    return rate.ci or ("", "")
 
 
 def _stretch_means(values: Sequence[float], parts: int) -> list[float]:
@@ -193,20 +325,27 @@ def _stretch_means(values: Sequence[float], parts: int) -> list[float]:
     return [float(stretch.mean()) for stretch in stretches]
 
 
+def _labels(paths: Mapping[str, Sequence[Rate]]) -> list[tuple[str, Rate]]:
+    """What is written beside which points: names of runs, or of one run's points a few."""
+    if len(paths) > 1:
+        return [(_short(run), points[-1]) for run, points in paths.items()]
+    (points,) = paths.values()
+    shown = points if len(points) <= MAX_LABELS else [points[0], points[-1]]
+    (run,) = paths
+    return [(_short(point.label or run), point) for point in shown]
+
+
 def _label_points(
-    figure: Figure,
-    axes: Axes,
-    points: Mapping[str, tuple[float, float]],
-    bars: Mapping[str, Sequence[tuple[float, float]]],
+    figure: Figure, axes: Axes, labels: Sequence[tuple[str, Rate]], points: Sequence[Rate]
 ) -> None:
-    """Writes each name beside its point or at an end of its bar, where most room is left."""
-    figure.draw_without_rendering()
-    taken = [spot for bar in bars.values() for spot in axes.transData.transform(bar)]
+    """Writes each label beside its point or at an end of its bar, where most room is left."""
+    lay_out(figure)
+    taken = [spot for point in points for spot in axes.transData.transform(_bar(point))]
     scale = figure.dpi / 72
-    for name, point in points.items():
-        half = 2.4 * len(name) + 8
-        centre = axes.transData.transform(point)
-        heights = [(y - centre[1]) / scale for _, y in axes.transData.transform(bars[name])]
+    for label, point in labels:
+        half = 2.4 * len(label) + 8
+        centre = axes.transData.transform((point.x, point.win_rate))
+        heights = [(y - centre[1]) / scale for _, y in axes.transData.transform(_bar(point))]
         ends = [(0.0, max(heights) + 8), (0.0, min(heights) - 8)]
         sides = [(x, y) for x in (half, -half) for y in (9.0, -9.0)]
         rooms: dict[tuple[float, float], float] = {}
@@ -222,19 +361,11 @@ def _label_points(
         taken += list(np.column_stack([middle[0] + width, np.full(5, middle[1])]))
         align = {1: "left", 0: "center", -1: "right"}[int(np.sign(best[0]))]
         offset = (7 * float(np.sign(best[0])), best[1])
-        axes.annotate(name, point, offset, textcoords="offset points", ha=align, va="center")
+        place = (point.x, point.win_rate)
+        axes.annotate(label, place, offset, textcoords="offset points", ha=align, va="center")
 
 
-def _svg(figure: Figure, label: str) -> Markup:
-    """Writes the figure as an SVG element that inherits the page's text colour and font."""
-    out = StringIO()
-    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(out, format="svg", transparent=True, metadata=empty)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # Group names (figure_1, text_3) would repeat from plot to plot; nothing refers to them.
-    svg = re.sub(r' id="[A-Za-z.2]+_\d+"', "", svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
-    svg = re.sub(r" font-family: [^;]*;", "", svg)
-    svg = svg.replace(INK, "currentColor")
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
+def _bar(point: Rate) -> list[tuple[float, float]]:
+    """Places along a point's error bar."""
+    low, high = point.ci or (point.win_rate, point.win_rate)
+    return [(point.x, float(height)) for height in np.linspace(low, high, 15)]

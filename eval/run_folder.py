@@ -15,9 +15,11 @@ Series = dict[float, float]
 
 @dataclass
 class Run:
-    """What one run folder holds: metric -> {step: value}, and two files as text."""
+    """What one run folder holds: metric -> {step: value}, a summary, and two files as text."""
 
+    folder: Path
     metrics: dict[str, Series] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
     environment: str = ""
 
@@ -29,21 +31,25 @@ def read_runs(folder: Path, remarks: list[str]) -> dict[str, Run]:
         folder: A resolved path (its name is shown).
         remarks: Receives a sentence on whatever could not be read.
     """
-    here = _read_run(folder, remarks)
+    here = read_run(folder, remarks)
     runs = {folder.name: here} if here else {}
     for path in sorted(folder.glob("*/metrics.jsonl")):
-        if run := _read_run(path.parent, remarks):
+        if run := read_run(path.parent, remarks):
             runs[path.parent.name] = run
     return runs
 
 
-def _read_run(folder: Path, remarks: list[str]) -> Run | None:
+def read_run(folder: Path, remarks: list[str]) -> Run | None:
+    """The run that a folder holds, or None."""
     run = Run(
+        folder,
         _series(folder, read_lines(folder / "metrics.jsonl", remarks), remarks),
+        read_object(folder / "summary.json", remarks),
         _read_text(folder / "recipe.yaml"),
         _read_text(folder / "environment.json"),
     )
-    return run if run.metrics or run.recipe or run.environment else None
+    known = run.metrics or run.recipe or run.environment or (folder / "evaluations").is_dir()
+    return run if known else None
 
 
 def _read_text(path: Path) -> str:
@@ -59,6 +65,15 @@ def read_lines(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
         where = f"{path.parent.name}/{path.name}"
         remarks.append(f"{where}: {bad} of {len(rows)} lines are not JSON objects; left out.")
     return [row for row in rows if row is not None]
+
+
+def read_object(path: Path, remarks: list[str]) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none, or none that can be read."""
+    text = _read_text(path)
+    found = _parsed(text) if text else {}
+    if found is None:
+        remarks.append(f"{path.parent.name}/{path.name}: not a JSON object; left out.")
+    return found or {}
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -117,9 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
         game.add_argument(f"--{name}", type=float, help=text)
     game.add_argument("--plot", metavar="FILE.png", help="draw the distances against queries")
 
-    report = command("report", _report, "Write report.html for a run folder.")
-    report.add_argument("run_dir")
+    report = command("report", _report, "Write report.html for a run, or a folder of runs.")
+    report.add_argument("run_dir", help="its folder; report.html and plots/ are written there")
     report.add_argument("--open", action="store_true", help="show it in the browser")
+
+    compare = command("compare", _compare, "Show the runs of several algorithms side by side.")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    compare.add_argument("--out", metavar="FOLDER", help="also write report.html and plots/ there")
     return parser
 
 
@@ -240,6 +244,15 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
 
         webbrowser.open(path.resolve().as_uri())
     return {"report": str(path)}
+
+
+def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    from prefopt.eval.compare_runs import compare_runs, print_comparison
+
+    result = compare_runs(arguments.runs, arguments.out)
+    if not arguments.json:
+        print_comparison(result)
+    return result
 
 
 def quiet_libraries() -> None:

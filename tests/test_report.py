@@ -2,112 +2,48 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from report_folders import (
+    HOSTILE,
+    Page,
+    collection,
+    evaluated,
+    figures,
+    report,
+    summary,
+    training,
+    write_lines,
+)
 
 from prefopt.errors import PrefoptError
+from prefopt.eval.evaluations import differences, read_evaluations
 from prefopt.eval.plots import COLOURS, style_of
 from prefopt.eval.report import write_report
-
-HOSTILE = "<script>alert('boo')</script>"
-
-
-class Page(HTMLParser):
-    """Collects what a browser would see: tags, what they load, headings and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.headings: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.loads += [value for key, value in attrs if key in ("src", "href", "xlink:href")]
-
-    def handle_data(self, data):
-        self.text += data
-        if self.tags and self.tags[-1] in ("h1", "h2", "h3") and data.strip():
-            self.headings.append(data.strip())
+from prefopt.eval.run_folder import read_runs
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def training(steps: int = 8) -> list[dict]:
-    return [
-        {
-            "step": step,
-            "epoch": step / steps,
-            "loss": 0.7 - 0.01 * step,
-            "rewards/chosen": -0.1 * step,
-            "rewards/rejected": -0.3 * step,
-            "logps/chosen": -30.0 - step,
-            "logps/rejected": -31.0 - 2 * step,
-            "kl": 0.1 * step,
-        }
-        for step in range(1, steps + 1)
-    ]
-
-
-def summary() -> dict:
-    return {
-        "seed": 3,
-        "algorithms": {
-            "sft": {"win_rate": 50.0, "kl": 0.0, "mean_length": 12.0, "seconds": 9.0},
-            "dpo": {
-                "win_rate": 63.1,
-                "win_rate_ci": [58.9, 67.2],
-                "kl": 4.2,
-                "mean_length": 12.3,
-                "seconds": 125.0,
-            },
-        },
-        "reward_model": {
-            "accuracy": 0.78,
-            "ece": 0.04,
-            "calibration": [
-                {"confidence": 0.55, "accuracy": 0.6, "count": 40},
-                {"confidence": 0.95, "accuracy": 0.9, "count": 60},
-            ],
-            "accuracy_by_length": [{"group": "short", "accuracy": 0.8, "count": 55}],
-        },
-    }
+@pytest.fixture(scope="module")
+def shown_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, Page]]:
+    """A collection and its report, for tests that only look at it."""
+    folder = collection(tmp_path_factory.mktemp("shown") / "quickstart")
+    return folder, report(folder)
 
 
 @pytest.fixture
-def quickstart(tmp_path: Path) -> Path:
-    folder = tmp_path / "quickstart"
-    for name in ("sft", "dpo", "reward_model"):
-        write_lines(folder / name / "metrics.jsonl", training())
-        (folder / name / "recipe.yaml").write_text(f"trainer:\n  algorithm: {name}\n")
-        (folder / name / "environment.json").write_text('{"torch": "2.13.0"}')
-    (folder / "summary.json").write_text(json.dumps(summary()))
-    answers = {"sft": "An apple.", "dpo": f"Two pears. {HOSTILE}"}
-    write_lines(folder / "samples.jsonl", [{"prompt": f"Fruit & <b>{HOSTILE}", "answers": answers}])
-    return folder
+def shown(shown_folder: tuple[Path, tuple[str, Page]]) -> tuple[str, Page]:
+    return shown_folder[1]
 
 
-def report(folder: Path) -> tuple[str, Page]:
-    text = write_report(folder).read_text(encoding="utf-8")
-    return text, Page(text)
-
-
-def figures(text: str) -> list[str]:
-    return re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
-
-
-def test_collection_shows_every_part(quickstart):
-    text, page = report(quickstart)
+def test_collection_shows_every_part(shown):
+    text, page = shown
     assert page.headings[0] == "quickstart"
     for heading in ("Algorithms", "Judge:", "Training", "logps", "Samples"):
         assert heading in page.headings
@@ -118,8 +54,8 @@ def test_collection_shows_every_part(quickstart):
     assert len(figures(text)) == 3 + 3 * 3 + 1
 
 
-def test_plots_are_well_formed_and_take_the_pages_ink(quickstart):
-    text, _ = report(quickstart)
+def test_plots_are_well_formed_and_take_the_pages_ink(shown):
+    text, _ = shown
     for svg in figures(text):
         root = ElementTree.fromstring(svg)
         assert root.get("role") == "img"
@@ -127,8 +63,8 @@ def test_plots_are_well_formed_and_take_the_pages_ink(quickstart):
         assert "#010203" not in svg
 
 
-def test_hostile_answers_stay_text(quickstart):
-    text, page = report(quickstart)
+def test_hostile_answers_stay_text(shown):
+    text, page = shown
     assert HOSTILE not in text
     assert page.tags.count("script") == 1
     assert page.text.count(HOSTILE) == 2
@@ -153,8 +89,8 @@ def test_text_that_utf8_cannot_spell_is_replaced(tmp_path):
     assert "broken ? emoji" in page.text
 
 
-def test_page_loads_nothing(quickstart):
-    text, page = report(quickstart)
+def test_page_loads_nothing(shown):
+    text, page = shown
     assert all(target.startswith("#") for target in page.loads)
     assert not re.search(r"@import|url\((?!#)", text)
     assert not {"link", "iframe", "img", "object"} & set(page.tags)
@@ -163,7 +99,7 @@ def test_page_loads_nothing(quickstart):
 
 def test_long_files_and_samples_stay_under_three_megabytes(tmp_path):
     for run in range(9):
-        write_lines(tmp_path / f"run{run}" / "metrics.jsonl", training())
+        write_lines(tmp_path / f"run{run}" / "metrics.jsonl", [{"step": 1, "loss": 1.0}])
         (tmp_path / f"run{run}" / "recipe.yaml").write_text(f"# {run}\n" + "'<&>'\n" * 9_000)
     answers = {f"run{run}": "<'\">" * 1_500 for run in range(9)}
     write_lines(tmp_path / "samples.jsonl", [{"prompt": "p", "answers": answers}] * 500)
@@ -174,7 +110,7 @@ def test_long_files_and_samples_stay_under_three_megabytes(tmp_path):
 
 
 def test_too_many_curves_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("prefopt.eval.report.CURVE_BYTES", 20_000)
+    monkeypatch.setattr("prefopt.eval.report_curves.CURVE_BYTES", 20_000)
     rows = [{"step": s, **{f"metric_{m}": s * m + s for m in range(12)}} for s in range(20)]
     write_lines(tmp_path / "metrics.jsonl", rows)
     text, page = report(tmp_path)
@@ -193,7 +129,7 @@ def test_long_run_is_averaged_not_cut(tmp_path):
 
 
 def test_half_written_last_line_is_ignored(tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", training())
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "loss": 1 / s} for s in range(1, 9)])
     whole, _ = report(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as out:
         out.write('{"step": 9, "loss": 0.')
@@ -232,11 +168,11 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     assert "run: values that are not finite, not drawn: loss (2)." in page.text
 
 
-def test_new_algorithm_needs_no_code(quickstart):
+def test_new_algorithm_needs_no_code(tmp_path):
     found = summary()
     found["algorithms"]["my_new_method"] = {"win_rate": 71.0, "kl": 2.5, "regret": 0.125}
-    (quickstart / "summary.json").write_text(json.dumps(found))
-    text, page = report(quickstart)
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    text, page = report(tmp_path)
     bars, frontier = figures(text)[:2]
     assert "my_new_method" in bars
     assert "my_new_method" in frontier
@@ -244,8 +180,8 @@ def test_new_algorithm_needs_no_code(quickstart):
     assert "0.125" in page.text
 
 
-def test_algorithm_keeps_its_colour_everywhere(quickstart):
-    text, _ = report(quickstart)
+def test_algorithm_keeps_its_colour_everywhere(shown):
+    text, _ = shown
     swatches = re.findall(r'color: (#\w+)"></span>(\w+)', text)
     assert len({colour for colour, name in swatches if name == "dpo"}) == 1
     assert sum(name == "dpo" for _, name in swatches) >= 5
@@ -285,10 +221,13 @@ def test_single_run_draws_evaluation_on_the_training_curve(tmp_path):
     assert "may fall while the margin" in page.text
 
 
-def test_same_folder_gives_the_same_page_and_leaves_nothing_aside(quickstart):
-    first, _ = report(quickstart)
-    assert report(quickstart)[0] == first
-    assert not list(quickstart.glob(".*"))
+def test_same_folder_gives_the_same_page_and_leaves_nothing_aside(tmp_path):
+    folder = evaluated(tmp_path / "run", rates=(60.0,))
+    first, _ = report(folder)
+    files = {path: path.read_bytes() for path in (folder / "plots").iterdir()}
+    assert report(folder)[0] == first
+    assert files == {path: path.read_bytes() for path in (folder / "plots").iterdir()}
+    assert not list(folder.rglob(".*"))
 
 
 def test_missing_folder_is_refused(tmp_path):
@@ -314,3 +253,188 @@ def test_bad_summary_is_refused(tmp_path, text, message):
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(PrefoptError, match=message):
         write_report(tmp_path)
+
+
+def test_every_plot_stands_beside_the_page_in_three_formats(shown_folder):
+    folder, (text, _) = shown_folder
+    names = {path.stem for path in (folder / "plots").iterdir()}
+    assert len(names) == len(figures(text))
+    for name in names:
+        svg = (folder / "plots" / f"{name}.svg").read_text()
+        ElementTree.fromstring(svg)
+        assert "currentColor" not in svg
+        assert "#010203" not in svg
+        image = Image.open(folder / "plots" / f"{name}.png").convert("RGB")
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+        assert image.getextrema() != ((255, 255),) * 3
+        assert len((folder / "plots" / f"{name}.csv").read_text().splitlines()) > 1
+    assert {
+        "algorithms-win-rate",
+        "curve-loss-dpo",
+        "curve-kl",
+        "calibration-reward_model",
+    } <= names
+
+
+def test_csv_has_every_number_of_a_curve_that_is_drawn_as_averages(tmp_path):
+    rows = [{"step": s, "loss": 0.1 + s % 7} for s in range(1, 501)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    report(tmp_path)
+    with (tmp_path / "plots" / "curve-loss.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [(float(row["step"]), float(row["value"])) for row in found] == [
+        (row["step"], row["loss"]) for row in rows
+    ]
+
+
+def test_names_of_metrics_lead_nowhere(tmp_path):
+    names = [
+        "../../../evil",
+        "/etc/x",
+        "..",
+        "a/b",
+        "a-b",
+        "A-B",
+        "long" * 100,
+        "\udc00",
+        "é\n\x0b",
+    ]
+    folder = tmp_path / "deep" / "run"
+    write_lines(folder / "metrics.jsonl", [{"step": s, **dict.fromkeys(names, s)} for s in (1, 2)])
+    text, _ = report(folder)
+    found = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    inside = {path for path in found if path.parent == Path("deep/run/plots")}
+    assert found - inside == {Path("deep/run/metrics.jsonl"), Path("deep/run/report.html")}
+    assert len(inside) == 3 * len(names) == 3 * len(figures(text))
+    assert len({str(path).lower() for path in inside}) == len(inside)
+    for path in inside:
+        if path.suffix == ".svg":
+            ElementTree.fromstring((tmp_path / path).read_text())
+
+
+def test_evaluations_of_a_run(tmp_path):
+    folder = evaluated(tmp_path / "run", rates=(55.0, 65.0))
+    text, page = report(folder)
+    assert "65.0 [60.0, 70.0]" in page.text
+    assert "63.0" in page.text
+    assert "online_dpo, 40 steps, 1 min 30 s" in page.text
+    assert "judge: kind reward_model, path runs/judge; baseline: start" in page.text
+    # KL between the two steps it was logged at; nothing beyond them
+    assert "2.00" in page.text
+    assert "3.00 (at step 30)" in page.text
+    names = {path.stem for path in (folder / "plots").iterdir()}
+    assert {"win-rate", "win-rate-over-rounds", "win-rate-against-kl", "length"} <= names
+    over = (folder / "plots" / "win-rate-over-rounds.csv").read_text().splitlines()
+    assert over[1:] == ["run,round 1,1,55.0,50.0,60.0", "run,round 2,2,65.0,60.0,70.0"]
+    against = (folder / "plots" / "win-rate-against-kl.csv").read_text().splitlines()
+    assert against[1:] == ["run,round 1,2.0,55.0,50.0,60.0"]
+    assert len(figures(text)) == len(names)
+
+
+def test_answers_of_an_evaluation_stand_beside_the_baselines(tmp_path):
+    folder = evaluated(tmp_path / "run", rates=(60.0,), answers=(HOSTILE,))
+    text, page = report(folder)
+    assert HOSTILE not in text
+    assert HOSTILE in page.text
+    assert "user: question 11" in page.text
+    assert text.count('class="outcome win"') == 4
+    assert text.count('class="outcome loss"') == 4
+    assert text.count('class="outcome tie"') == 4
+    assert 'data-preferences="0.2"' in text
+    assert text.index("</span>baseline") < text.index("</span>run</th>")
+    # "so it is" has 8 characters; 29 and eleven times 18 are 227 / 12 = 18.9 on average
+    assert "+136 %" in page.text
+
+
+def test_runs_with_the_same_baseline_share_its_column(tmp_path):
+    evaluated(tmp_path / "one", rates=(60.0,))
+    evaluated(tmp_path / "two", rates=(62.0,))
+    text, page = report(tmp_path)
+    assert text.count("</span>baseline") == 1
+    assert "not comparable" not in page.text
+    assert text.count('data-preferences="0.9,0.9"') == 4
+    assert (tmp_path / "plots" / "win-rate-against-time.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"judge": "another"}, "judges differ"),
+        ({"prompts": 15}, "prompts differ: one / two"),
+        ({"baseline": "other words"}, "answers of the baselines differ: one / two"),
+    ],
+)
+def test_differences_of_evaluations_are_told(tmp_path, change, sentence):
+    evaluated(tmp_path / "one", rates=(60.0,))
+    evaluated(tmp_path / "two", rates=(62.0,), **change)
+    runs = read_runs(tmp_path, [])
+    (told,) = differences(runs, {name: read_evaluations(run, []) for name, run in runs.items()})
+    assert "Win rates are not comparable" in told
+    assert sentence in told
+
+
+def test_win_rates_that_mean_different_things_are_not_drawn_together(tmp_path):
+    evaluated(tmp_path / "one", rates=(60.0,))
+    evaluated(tmp_path / "two", rates=(62.0,), judge="another")
+    _, page = report(tmp_path)
+    assert "Win rates are not comparable" in page.text
+    assert not list((tmp_path / "plots").glob("win-rate*"))
+
+
+def test_evaluation_half_written_is_named_and_the_rest_is_shown(tmp_path):
+    folder = evaluated(tmp_path / "run", rates=(55.0, 65.0))
+    (folder / "evaluations" / "0002" / "result.json").write_text('{"win_r')
+    _, page = report(folder)
+    assert "0002/result.json: not a JSON object; left out." in page.text
+    assert "55.0 [50.0, 60.0]" in page.text
+
+
+def test_evaluations_of_the_summary_are_shown_where_their_folder_is_gone(tmp_path):
+    folder = evaluated(tmp_path / "run", rates=(55.0, 65.0))
+    shutil.rmtree(folder / "evaluations")
+    _, page = report(folder)
+    assert "65.0 [60.0, 70.0]" in page.text
+    assert "Samples" not in page.headings
+
+
+def test_lengths_before_and_after(tmp_path):
+    answers = [{"sft": "x" * n, "dpo": "x" * 2 * n} for n in range(1, 21)]
+    write_lines(tmp_path / "samples.jsonl", [{"prompt": "p", "answers": a} for a in answers])
+    _, page = report(tmp_path)
+    # of 1 to 20: mean and median 10.5, 10 % at 2.9 and 90 % at 18.1; twice that is 100 % more
+    assert "+100 %" in page.text
+    with (tmp_path / "plots" / "length.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for kind in ("answers", "baseline"):
+        assert sum(int(row["answers"]) for row in rows if row["answers_of"] == kind) == 20
+    assert {row["run"] for row in rows} == {"dpo"}
+
+
+def test_rounds_have_a_table(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    rounds = [{"round": k, "pairs": 500 + k} for k in range(3)]
+    (tmp_path / "summary.json").write_text(json.dumps({"algorithm": "inpo", "rounds": rounds}))
+    _, page = report(tmp_path)
+    assert "Rounds of" in page.text
+    assert "502" in page.text
+
+
+def test_judge_of_a_run_in_a_folder_of_runs_is_shown(tmp_path):
+    write_lines(tmp_path / "rm" / "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    found = {"algorithm": "reward_model", "reward_model": summary()["reward_model"]}
+    (tmp_path / "rm" / "summary.json").write_text(json.dumps(found))
+    text, page = report(tmp_path)
+    assert "0.780" in page.text
+    assert len(figures(text)) == 1
+
+
+def test_logged_win_rates_are_drawn_once(tmp_path):
+    rows = [{"step": s, "loss": 1.0, "evaluation/win_rate": 50.0 + s} for s in (1, 2)]
+    write_lines(tmp_path / "alone" / "metrics.jsonl", rows)
+    report(tmp_path / "alone")
+    assert (tmp_path / "alone" / "plots" / "curve-evaluation-win_rate.png").exists()
+    folder = evaluated(tmp_path / "run", rates=(51.0, 52.0))
+    write_lines(folder / "metrics.jsonl", rows)
+    report(folder)
+    assert not list((folder / "plots").glob("curve-evaluation*"))
+    assert (folder / "plots" / "win-rate-over-rounds.png").exists()

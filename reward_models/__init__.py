@@ -8,6 +8,8 @@ import torch
 
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
+from prefopt.reward_models.api_judge import ApiJudge
+from prefopt.reward_models.chat_api import ChatAPI, ChatRequest
 from prefopt.reward_models.preference_model import PreferenceModel
 from prefopt.reward_models.preference_trainer import PreferenceModelConfig, PreferenceModelTrainer
 from prefopt.reward_models.reward_model import RewardModel
@@ -17,6 +19,9 @@ from prefopt.reward_models.vllm_judges import VllmPreferenceModel, VllmRewardMod
 
 __all__ = [
     "JUDGES",
+    "ApiJudge",
+    "ChatAPI",
+    "ChatRequest",
     "PreferenceModel",
     "PreferenceModelConfig",
     "PreferenceModelTrainer",

@@ -1,0 +1,372 @@
+"""A client of OpenAI-compatible chat APIs that loses nothing: retries, and a cache on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import httpx
+from anyio.from_thread import start_blocking_portal
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from prefopt.data.rows import Message
+from prefopt.errors import PrefoptError
+from prefopt.reward_models.api_key import ApiKey
+from prefopt.reward_models.chat_cache import ChatCache
+from prefopt.reward_models.chat_response import (
+    ChatAnswer,
+    FailedAttemptError,
+    Response,
+    read_answer,
+    read_response,
+)
+
+logger = logging.getLogger(__name__)
+
+_OPENAI = "api.openai.com"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the last one
+_LONGEST_RETRY_AFTER = 120.0  # seconds of a server's own wish that are granted
+_LOST_AFTER = 4  # failures in a row, and no fewer than are in flight: the server is gone
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One question to a chat model.
+
+    Attributes:
+        messages: ``[{"role": ..., "content": ...}]``.
+        max_tokens: Most tokens of the answer.
+        temperature: 0 is greedy.
+        top_logprobs: How many of the most likely first tokens come with the answer; 0: none.
+        sample: Tells equal requests apart that shall be answered separately.
+    """
+
+    messages: Sequence[Message]
+    max_tokens: int
+    temperature: float = 0.0
+    top_logprobs: int = 0
+    sample: int = 0
+
+
+@dataclass
+class Usage:
+    """What was asked, and what it cost.
+
+    Attributes:
+        asked: Requests that the server answered to this process.
+        cached: Requests answered from the cache, or by an equal request of the same call.
+        retries: Attempts beyond the first. What a server charges for those is not known here.
+        prompt_tokens: Of ``asked``.
+        completion_tokens: Of ``asked``.
+        cached_prompt_tokens: Of answers that were in the cache.
+        cached_completion_tokens: Of answers that were in the cache.
+        uncounted: Answers of ``asked`` whose tokens the server did not count.
+        cost: Dollars for the tokens of ``asked``; None without a price.
+    """
+
+    asked: int = 0
+    cached: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    cached_completion_tokens: int = 0
+    uncounted: int = 0
+    cost: float | None = None
+
+
+class ChatAPI:
+    """Asks one model at one server; every answer is on disk before anyone sees it.
+
+    The key is read from the environment. It is in no file, log line, error or ``repr``.
+
+    Args:
+        model: The model's name at the server.
+        base_url: Where ``/chat/completions`` stands, such as ``http://127.0.0.1:8000/v1``.
+        key_variable: The environment variable that holds the API key. Where it is not set no key is
+            sent, which is an error for OpenAI only.
+        cache: A JSONL file of answers, made where there is none. Requests that it holds are not
+            asked again. One process at a time may ask through it.
+        concurrency: Most requests in flight.
+        timeout: Seconds within which a request is answered.
+        attempts: How often one request is sent before it counts as failed.
+        price: Dollars per million prompt tokens and per million completion tokens.
+
+    Attributes:
+        usage: What has been asked so far.
+
+    Raises:
+        PrefoptError: ``base_url`` is no such address or has a name, password or query in it, the
+            key is missing or malformed, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str = f"https://{_OPENAI}/v1",
+        key_variable: str = "OPENAI_API_KEY",
+        cache: Path,
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        attempts: int = 8,
+        price: tuple[float, float] | None = None,
+    ) -> None:
+        if min(concurrency, attempts) < 1 or timeout <= 0:
+            raise PrefoptError(
+                f"chat API: found concurrency {concurrency}, attempts {attempts}, timeout "
+                f"{timeout:g}; expected at least 1, at least 1 and more than 0"
+            )
+        self.model, self.base_url = model, _checked_url(base_url)
+        self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
+        self.price = price
+        self.usage = Usage(cost=None if price is None else 0.0)
+        self._host = httpx.URL(self.base_url).host
+        self._cache = ChatCache(Path(cache))
+        self._key = ApiKey(key_variable)
+        if not self._key and self._host == _OPENAI:
+            raise PrefoptError(
+                f"{model} at {self.base_url}: the environment variable {key_variable} is not set; "
+                "expected the API key in it"
+            )
+
+    def ask(
+        self,
+        requests: Sequence[ChatRequest],
+        done: Callable[[int, ChatAnswer], None] | None = None,
+    ) -> list[ChatAnswer]:
+        """Answers to requests, in their order; also inside a running event loop.
+
+        A failed attempt is repeated after a wait that doubles, or as long as the server asks for.
+        An error in ``done`` or an interrupt ends it at once; what has been answered is kept.
+
+        Args:
+            requests: Equal ones are asked once.
+            done: Told of each answer, (position, answer), in the caller's thread, as it comes.
+
+        Raises:
+            PrefoptError: Requests failed for good. The others go on unless the server refuses them
+                all or seems gone; those in flight are finished first. Or another process asks
+                through the same cache.
+        """
+        places: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            places.setdefault(self._key_of(request), []).append(index)
+        answers: dict[int, ChatAnswer] = {}
+
+        def take(key: str, answer: ChatAnswer) -> None:
+            for index in places[key]:
+                answers[index] = answer
+                if done is not None:
+                    done(index, answer)
+
+        with self._cache.opened():
+            missing = {}
+            for key, (first, *others) in places.items():
+                if key in self._cache.responses:
+                    take(key, self._recall(key))
+                else:
+                    missing[key] = requests[first]
+                self.usage.cached += len(others)
+            with closing(self._arriving(missing)) as arriving:
+                for key, answer in arriving:
+                    take(key, answer)
+        return [answers[index] for index in range(len(requests))]
+
+    def describe(self) -> dict[str, Any]:
+        """What a record of an evaluation says of the model: its name and its server."""
+        return {"model": self.model, "base_url": self.base_url}
+
+    def __repr__(self) -> str:
+        return f"ChatAPI({self.model!r}, base_url={self.base_url!r})"
+
+    def _key_of(self, request: ChatRequest) -> str:
+        """A hash of all that an answer depends on."""
+        parts = {
+            "base_url": self.base_url,
+            "model": self.model,
+            "messages": list(request.messages),
+            "max_tokens": request.max_tokens,
+            "temperature": float(request.temperature),
+            "top_logprobs": request.top_logprobs,
+            "sample": request.sample,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _recall(self, key: str) -> ChatAnswer:
+        try:
+            answer = read_answer(self._cache.responses[key])
+        except FailedAttemptError as failure:
+            raise PrefoptError(
+                f"{self._cache.path}: the line of key {key} has {failure}; remove that line"
+            ) from None
+        self.usage.cached += 1
+        self.usage.cached_prompt_tokens += answer.prompt_tokens
+        self.usage.cached_completion_tokens += answer.completion_tokens
+        return answer
+
+    def _arriving(self, missing: dict[str, ChatRequest]) -> Iterator[tuple[str, ChatAnswer]]:
+        """Asks from a thread of its own, since the caller's may already run an event loop."""
+        if not missing:
+            return
+        arrived: SimpleQueue[tuple[str, ChatAnswer] | None] = SimpleQueue()
+        with start_blocking_portal() as portal:
+            asking = portal.start_task_soon(self._ask_all, missing, arrived.put)
+            asking.add_done_callback(lambda _: arrived.put(None))
+            yield from iter(arrived.get, None)
+            asking.result()
+
+    async def _ask_all(
+        self, missing: dict[str, ChatRequest], put: Callable[[tuple[str, ChatAnswer]], None]
+    ) -> None:
+        slots = asyncio.Semaphore(self.concurrency)
+        failures: list[FailedAttemptError] = []
+        in_a_row = 0
+
+        async def ask(key: str, request: ChatRequest) -> None:
+            nonlocal in_a_row
+            async with slots:
+                lost = in_a_row >= max(self.concurrency, _LOST_AFTER)
+                if lost or any(failure.for_all for failure in failures):
+                    return
+                try:
+                    response, answer = await self._respond(client, request)
+                except FailedAttemptError as failure:
+                    failures.append(failure)
+                    in_a_row += 1
+                    return
+            in_a_row = 0
+            self._cache.add(key, response)
+            self._count(answer)
+            put((key, answer))
+
+        try:
+            async with self._client() as client, asyncio.TaskGroup() as group:
+                for key, request in missing.items():
+                    group.create_task(ask(key, request))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        if failures:
+            raise PrefoptError(self._report(failures, missing))
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            headers=self._key.headers(),
+            timeout=None,  # ``_post`` has one for the whole of a request
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
+            trust_env=self._host not in _LOOPBACK,  # never to this machine through a proxy
+        )
+
+    async def _respond(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
+        def note(state: RetryCallState) -> None:
+            self.usage.retries += 1
+            failure = state.outcome.exception() if state.outcome else None
+            logger.info("%s: %s; sent again in %.1f s", self.model, failure, state.upcoming_sleep)
+
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.attempts),
+            wait=_wait,
+            retry=retry_if_exception(lambda error: getattr(error, "passing", False)),
+            before_sleep=note,
+            reraise=True,
+        )
+        return await retrying(self._post, client, request)
+
+    async def _post(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
+        """One attempt.
+
+        Raises:
+            FailedAttemptError: There is no answer that can be read.
+        """
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await client.post(
+                    f"{self.base_url}/chat/completions",
+                    content=json.dumps(self._body(request)),
+                    headers={"Content-Type": "application/json"},
+                )
+        except TimeoutError:
+            raise FailedAttemptError(f"no answer within {self.timeout:g} s", passing=True) from None
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            problem = self._key.redact(f"{type(error).__name__}: {error}".rstrip("."))
+            raise FailedAttemptError(problem, passing=True) from None
+        return read_response(response, self._key, log_probs=request.top_logprobs > 0)
+
+    def _body(self, request: ChatRequest) -> dict[str, Any]:
+        # OpenAI's newer models refuse max_tokens; other servers may not know its successor.
+        limit = "max_completion_tokens" if self._host == _OPENAI else "max_tokens"
+        body = {
+            "model": self.model,
+            "messages": list(request.messages),
+            limit: request.max_tokens,
+            "temperature": request.temperature,
+        }
+        if request.top_logprobs:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+        return body
+
+    def _count(self, answer: ChatAnswer) -> None:
+        usage = self.usage
+        usage.asked += 1
+        usage.prompt_tokens += answer.prompt_tokens
+        usage.completion_tokens += answer.completion_tokens
+        usage.uncounted += not answer.prompt_tokens
+        if self.price is not None:
+            cost = usage.prompt_tokens * self.price[0] + usage.completion_tokens * self.price[1]
+            usage.cost = cost / 1e6
+
+    def _report(self, failures: list[FailedAttemptError], missing: dict[str, ChatRequest]) -> str:
+        counted = Counter(map(str, failures)).most_common(3)
+        reasons = "; ".join(f"{count} times {reason}" for reason, count in counted)
+        left = sum(key not in self._cache.responses for key in missing) - len(failures)
+        unasked = f" and {left} were not sent any more" if left else ""
+        return (
+            f"{self.model} at {self.base_url}: {len(failures)} of {len(missing)} requests failed"
+            f"{unasked}: {reasons}. The answers so far are in {self._cache.path}: the same command "
+            "goes on from there"
+        )
+
+
+def _checked_url(base_url: str) -> str:
+    expected = "expected one like https://api.openai.com/v1 or http://127.0.0.1:8000/v1"
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        raise PrefoptError(f"chat API: base_url is no address; {expected}") from None
+    if "@" in base_url or url.query or url.fragment:  # it would stand in files and logs
+        raise PrefoptError(
+            f"chat API: base_url has a name, password or query in it; {expected}, and the key in "
+            "an environment variable"
+        )
+    if url.scheme not in ("http", "https") or not url.host:
+        raise PrefoptError(f"chat API: base_url {base_url!r} is no address; {expected}")
+    return base_url.rstrip("/")
+
+
+def _wait(state: RetryCallState) -> float:
+    """Seconds until the next attempt; with jitter, so that not all requests come back at once."""
+    doubled = wait_exponential_jitter(
+        multiplier=_FIRST_WAIT, max=_LONGEST_WAIT, jitter=_FIRST_WAIT
+    )(state)
+    failure = state.outcome.exception() if state.outcome else None
+    if not isinstance(failure, FailedAttemptError) or failure.retry_after is None:
+        return doubled
+    told = min(failure.retry_after, _LONGEST_RETRY_AFTER) + random.uniform(0, _FIRST_WAIT)
+    return max(told, doubled)

@@ -300,8 +300,9 @@ class Evaluation:
         own = self._share(len(texts))
         if record["kind"] == "api":
             own = list(range(len(texts))) if self._is_main else []
-        sides = ([side[index] for index in own] for side in (self.task.prompts, texts, baseline))
-        values = np.asarray(judge.prefer(*sides), dtype=np.float64) if own else np.empty(0)
+        prompts = [self.task.prompts[index] for index in own]
+        a, b = ([side[index] for index in own] for side in (texts, baseline))
+        values = np.asarray(judge.prefer(prompts, a, b) if own else [], dtype=np.float64)
         if record["kind"] != "api" and not np.isfinite(values).all():
             raise PrefoptError(
                 f"judge {record}: found a preference that is not finite, expected probabilities; "

@@ -199,10 +199,11 @@ def evaluation_task(
         rounds: Prompts of each round; empty for an algorithm without rounds.
 
     Raises:
-        PrefoptError: Two keys want different policies at the end.
+        PrefoptError: There is no judge, or two keys want different policies at the end.
     """
     section = recipe.eval
     assert section is not None
+    judge_section(recipe)
     if section.stop_on_drop is not None and args.load_best_model_at_end:
         raise PrefoptError(
             "eval.stop_on_drop: found with trainer.load_best_model_at_end, which would put another "

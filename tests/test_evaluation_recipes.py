@@ -123,7 +123,7 @@ def test_a_run_ends_with_the_same_model_and_log(
     data = world.sft if algorithm == "sft" else world.preferences
     common = [
         f"trainer.algorithm={algorithm}", f"data.path={data}", f"model.lora={lora}",
-        "trainer.gradient_checkpointing=true",
+        "trainer.gradient_checkpointing=true", "trainer.logging_steps=3",
     ]  # fmt: skip
     run(recipe, *common, "eval=null", f"run_dir={tmp_path}/plain")
     run(recipe, *common, f"run_dir={tmp_path}/evaluated")

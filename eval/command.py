@@ -11,7 +11,7 @@ from typing import Any
 MEASURES = {
     "win-rate": ("win_rate_command", "Win rate of one model or file of answers over another."),
     "alpaca": ("alpaca", "AlpacaEval 2: win rate over a baseline, length-controlled too."),
-    "leaderboard": ("leaderboard", "AlpacaEval's leaderboard from files of annotations."),
+    "leaderboard": ("leaderboard_command", "AlpacaEval's leaderboard from files of annotations."),
     "arena": ("arena", "Arena-Hard style: two games a prompt, five-way verdicts."),
     "mt-bench": ("mt_bench", "MT-Bench: two turns, marked by a judge or compared by it."),
     "reward-bench": ("reward_bench", "RewardBench 1 and 2: accuracy of a judge."),
@@ -184,6 +184,7 @@ def _arena(parser: Parser) -> None:
     parser.add_argument("--bootstrap", type=count, default=100, metavar="N", help="rounds")
     parser.add_argument("--out", default="runs/arena", help="folder of the result")
     _add_judge(parser, ("api",))
+    parser.add_argument("--judge-max-tokens", type=count, default=4096)
     add_decoding(parser, temperature=0.0, max_new_tokens=4096)
 
 
@@ -195,13 +196,16 @@ def _mt_bench(parser: Parser) -> None:
     parser.add_argument("--baseline", help="pairwise: what all models are compared with")
     parser.add_argument("--out", default="runs/mt-bench", help="folder of the result")
     _add_judge(parser, ("api",))
+    parser.add_argument("--judge-max-tokens", type=count, default=2048)
     add_decoding(parser, temperature=None, max_new_tokens=1024)
 
 
 def _reward_bench(parser: Parser) -> None:
     _add_judge(parser, ("reward_model", "preference_model"))
-    parser.add_argument("--data", required=True, help="file or folder with its published columns")
-    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--data", required=True, help="file, folder or Hub id with the published columns"
+    )
+    parser.add_argument("--split", help="default: filtered (RewardBench 1) or test (2)")
     parser.add_argument("--version", type=int, choices=[1, 2], default=1)
     parser.add_argument("--prior-sets", help="RewardBench 1: the prior sets, weighted one half")
     parser.add_argument("--out", default="runs/reward-bench", help="folder of the result")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from prefopt.data.rows import Prompt
 from prefopt.errors import PrefoptError
@@ -58,8 +58,18 @@ def judge_of(arguments: argparse.Namespace, folder: Path) -> tuple[Judge, dict[s
             orders=arguments.orders,
             temperature=arguments.judge_temperature,
         )
-        return judge, {"kind": "api", **judge.describe()}
+        return judge, judge.describe()
     return described(arguments.judge_kind, arguments.judge)
+
+
+def usage_line(usage: dict[str, Any]) -> str:
+    """What asking an API has cost, in words, from its `Usage` as a dictionary."""
+    line = (
+        f"judge: {usage['asked']} requests asked, {usage['cached']} from the cache, "
+        f"{usage['retries']} repeated; {usage['prompt_tokens']} prompt and "
+        f"{usage['completion_tokens']} completion tokens"
+    )
+    return line if usage["cost"] is None else f"{line}; {usage['cost']:.2f} dollars"
 
 
 def described(kind: str, path: str) -> tuple[Judge, dict[str, Any]]:
@@ -92,27 +102,74 @@ def judge_pairs(
         float64 [pairs]; NaN where a judge behind an API could not be understood.
 
     Raises:
-        PrefoptError: The judge refuses a pair or a local one says what is no probability.
+        PrefoptError: The judge refuses a pair, a local one says what is no probability, or
+            nothing that a judge behind an API says can be read.
     """
     if isinstance(judge, ApiJudge):  # keeps its answers itself
-        return judge.prefer(prompts, a, b)
-    keys = [_key(record, *pair) for pair in zip(prompts, a, b, strict=True)]
-    known = {row["key"]: row["preference"] for row in read_appended(path)}
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("judge", total=len(prompts))
+            compared = judge.compare(prompts, a, b, done=lambda *_: bar.advance(task))
+        values = np.array([comparison.preference for comparison in compared])
+        if np.isnan(values).all():
+            (said, *_) = [game.answer.text for pair in compared for game in pair.games]
+            raise PrefoptError(
+                f"judge {judge.api.model}: none of its {len(values)} answers could be read; it "
+                f"said {said!r:.40}, expected the token m or M; use a model that follows the "
+                "instruction to reply with one of them"
+            )
+        return values
+    return _judge_kept("preference", judge.prefer, record, (prompts, a, b), path)
+
+
+def judge_scores(
+    judge: Judge,
+    record: dict[str, Any],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    path: Path,
+) -> np.ndarray:
+    """The score of each answer; what is scored survives a killed process.
+
+    Args:
+        judge: A judge whose scores mean something by themselves.
+        record: What they depend on.
+        prompts: Shape [answers].
+        completions: Shape [answers].
+        path: As for `judge_pairs`, with ``score`` in place of ``preference``.
+
+    Returns:
+        float64 [answers].
+
+    Raises:
+        PrefoptError: The judge refuses an answer or its score is not finite.
+    """
+    return _judge_kept("score", judge.score, record, (prompts, completions), path)
+
+
+def _judge_kept(
+    name: str,
+    ask: Callable[..., np.ndarray],
+    record: dict[str, Any],
+    columns: tuple[Sequence[Any], ...],
+    path: Path,
+) -> np.ndarray:
+    keys = [_key(record, *row) for row in zip(*columns, strict=True)]
+    known = {row["key"]: row[name] for row in read_appended(path) if name in row}
     missing = [index for index, key in enumerate(keys) if key not in known]
     path.parent.mkdir(parents=True, exist_ok=True)
     shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)]
     console = Console(stderr=True)
     with path.open("a", encoding="utf-8") as file:
         for shard in track(shards, "judge", console=console, transient=True):
-            values = judge.prefer(*([part[i] for i in shard] for part in (prompts, a, b)))
+            values = ask(*([column[i] for i in shard] for column in columns))
             for index, value in zip(shard, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise PrefoptError(
-                        f"judge {record.get('path')}: found {value} for pair {index + 1}, expected "
-                        "a probability; look at the judge's weights"
+                        f"judge {record.get('path')}: found {value} as {name} of number "
+                        f"{index + 1}, expected a finite number; look at the judge's weights"
                     )
                 known[keys[index]] = value
-                file.write(json.dumps({"key": keys[index], "preference": value}) + "\n")
+                file.write(json.dumps({"key": keys[index], name: value}) + "\n")
             file.flush()
     return np.array([known[key] for key in keys])
 

@@ -140,7 +140,8 @@ def length_controlled_win_rate(
         DataError: A gamed row or column that cannot be used.
     """
     rows = Rows.read(preferences, model_lengths, baseline_lengths, instruction_difficulty)
-    raw, raw_error = _mean_and_error(rows.labels[rows.judged])
+    y = rows.labels[rows.judged]
+    raw, raw_error = _mean_and_error(y)
     weights, lc, lc_error, chosen, notes = Weights(0.0, 0.0, 0.0), 50.0, 0.0, None, ""
     if not rows.are_the_baseline:
         data = _Data.gather(rows, gamed)
@@ -150,7 +151,6 @@ def length_controlled_win_rate(
         slope = 0.0 if rows.difficulty is None else float(w[1])
         weights = Weights(float(w[0]), slope, float(w[-1]))
         notes = _approximation(rows, gamed)
-    y = rows.labels[rows.judged]
     wins, draws = int((y > 0.5).sum()), int((y == 0.5).sum())
     return LengthControlledWinRate(
         win_rate=raw,
@@ -219,20 +219,18 @@ def bootstrap_length_controlled(
     preferences are equal the interval of the win rate has no width: quote `win_rate`'s then.
 
     Args:
-        preferences: This and all else as for `length_controlled_win_rate`. C is chosen by
-            cross-validation once, on all rows, when None.
-        model_lengths: See there.
-        baseline_lengths: See there.
-        instruction_difficulty: See there.
-        gamed: See there.
-        C: See there.
+        preferences: As for `length_controlled_win_rate`, and so are lengths, difficulties and
+            gamed rows.
+        C: Inverse penalty; None: chosen by cross-validation once, on all rows.
         samples: Number of resamples.
         seed: Of the resampling.
 
     Raises:
-        PrefoptError: As `length_controlled_win_rate`.
+        PrefoptError: As `length_controlled_win_rate`, or no samples.
         DataError: As there.
     """
+    if samples < 1:
+        raise PrefoptError(f"samples is {samples}: expected 1 or more resamples")
     rows = Rows.read(preferences, model_lengths, baseline_lengths, instruction_difficulty)
     if rows.are_the_baseline:
         return BootstrapIntervals((50.0, 50.0), (50.0, 50.0), None, samples)

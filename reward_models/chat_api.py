@@ -8,7 +8,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _OPENAI = "api.openai.com"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the last one
+_LONG_WAIT = 10.0  # seconds from which on a wait is told of
 _LONGEST_RETRY_AFTER = 120.0  # seconds of a server's own wish that are granted
 _LOST_AFTER = 4  # failures in a row, and no fewer than are in flight: the server is gone
 
@@ -222,7 +223,9 @@ class ChatAPI:
         self.usage.cached_completion_tokens += answer.completion_tokens
         return answer
 
-    def _arriving(self, missing: dict[str, ChatRequest]) -> Iterator[tuple[str, ChatAnswer]]:
+    def _arriving(
+        self, missing: dict[str, ChatRequest]
+    ) -> Generator[tuple[str, ChatAnswer], None, None]:
         """Asks from a thread of its own, since the caller's may already run an event loop."""
         if not missing:
             return
@@ -278,7 +281,9 @@ class ChatAPI:
         def note(state: RetryCallState) -> None:
             self.usage.retries += 1
             failure = state.outcome.exception() if state.outcome else None
-            logger.info("%s: %s; sent again in %.1f s", self.model, failure, state.upcoming_sleep)
+            level = logging.WARNING if state.upcoming_sleep >= _LONG_WAIT else logging.INFO
+            told = (self.model, self.base_url, failure, state.upcoming_sleep)
+            logger.log(level, "%s at %s: %s; sent again in %.1f s", *told)
 
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.attempts),

@@ -45,8 +45,8 @@ class ChatCache:
                     yield
         except filelock.Timeout:
             raise PrefoptError(
-                f"{self.path}: found another process that asks through this cache; wait until it "
-                "has ended, or give this one a cache of its own"
+                f"{self.path}: found another process or thread that asks through this cache; wait "
+                "until it has ended, or give this one a cache of its own"
             ) from None
 
     def add(self, key: str, response: dict[str, Any]) -> None:

@@ -113,12 +113,13 @@ def read_answer(body: Any) -> ChatAnswer:
             # two tokens may read the same, such as parts of one letter
             log_probs[token] = _log_add(log_probs.get(token, -math.inf), log_prob)
         usage = body.get("usage") or {}
-        counts = [int(usage.get(f"{part}_tokens") or 0) for part in ("prompt", "completion")]
+        prompt_tokens = int(usage.get("prompt_tokens") or 0)
+        completion_tokens = int(usage.get("completion_tokens") or 0)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise FailedAttemptError("an answer of another form", passing=True) from None
     if not isinstance(text, str):
         raise FailedAttemptError("an answer without content", passing=True)
-    return ChatAnswer(text, log_probs, *counts, finish_reason=reason)
+    return ChatAnswer(text, log_probs, prompt_tokens, completion_tokens, reason)
 
 
 def _refusal(response: httpx.Response, key: ApiKey) -> FailedAttemptError:

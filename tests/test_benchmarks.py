@@ -173,3 +173,16 @@ def test_the_estimate_of_memory_is_near_what_steps_take(
     assert found["estimate_mib"] == pytest.approx(found["in_use_mib"], rel=0.15)
     written = json.loads((tmp_path / "memory-cpu.json").read_text())["runs"]
     assert written == [found]
+
+
+def test_the_leaderboard_agrees_with_liblinear(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    size = ["--models", "3", "--instructions", "40", "--peer-models", "2", "--samples", "10"]
+    module = importlib.import_module("leaderboard")
+    result = module.main([*size, "--json", "--output", str(tmp_path)])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "leaderboard-cpu.json").read_text())
+    assert result["largest_difference"] < 0.1
+    assert all(clock > 0 for times in result["seconds"].values() for clock in times.values())

@@ -31,7 +31,8 @@ from prefopt.data.template import check_tokenizer
 from prefopt.data.tokenize import Ragged, tokenize_prompts
 from prefopt.errors import PrefoptError
 from prefopt.eval.head_to_head import head_to_head
-from prefopt.eval.win_rate import Z95, FloatArray
+from prefopt.eval.paired import paired_comparison
+from prefopt.eval.win_rate import FloatArray
 from prefopt.generate import completion_row
 from prefopt.judge import Judge
 from prefopt.rollout.engine import SamplingSettings
@@ -47,6 +48,7 @@ from prefopt.trainers.sharding import check_gathers
 
 logger = logging.getLogger(__name__)
 
+NOISE = 0.05  # the p-value from which on a fall may be noise
 # a judge, and all that its answers depend on, for the records
 LoadJudge = Callable[[Trainer], tuple[Judge, dict[str, Any]]]
 
@@ -62,7 +64,8 @@ class EvaluationTask:
         sampling: How the policy answers, one sample a prompt.
         baseline: The answers to compare with, one a prompt; None: the policy's before training.
         baseline_name: Where ``baseline`` comes from.
-        stop_on_drop: Points of the win rate whose loss ends training, see :func:`drop`.
+        stop_on_drop: Training ends where the win rate is so many points below its best so far, the
+            start's included, and `paired_comparison` says that the fall is no noise.
         batch_size: Answers generated at a time.
     """
 
@@ -328,13 +331,14 @@ class Evaluation:
         if not earlier:
             return None
         best = max(earlier, key=lambda each: each[0]["win_rate"])
-        fall, least, most = drop(best[1], now[1])
-        if not (fall >= limit and least > 0):
+        # by prompt, which leaves out how hard prompts are
+        fall = paired_comparison(best[1], now[1])
+        if fall.difference < limit or fall.p_value >= NOISE:
             return None
         return (
             f"after {self.unit} {done} the win rate is {now[0]['win_rate']:.1f}; on the same "
-            f"prompts it was {fall:.1f} points higher (95 % interval {least:.1f} to {most:.1f}) "
-            f"after {self.unit} {best[0]['after']}, and stop_on_drop is {limit:g}"
+            f"prompts it was {fall.difference:.1f} points higher after {self.unit} "
+            f"{best[0]['after']} (p = {fall.p_value:.2g}), and stop_on_drop is {limit:g}"
         )
 
     def _results(self, done: int) -> list[dict[str, Any]]:
@@ -375,27 +379,6 @@ class _BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.evaluation.begin(resumed=state.global_step > 0)
-
-
-def drop(before: FloatArray, now: FloatArray) -> tuple[float, float, float]:
-    """How far the win rate fell, in points, with the 95 % interval of the paired difference.
-
-    Pairing by prompt leaves out how hard prompts are, which both evaluations have in common.
-
-    Args:
-        before: Preferences of an earlier evaluation in [0, 1], shape [prompts]; NaN: not judged.
-        now: Preferences of this one.
-
-    Returns:
-        The mean fall over prompts judged in both, and the bounds of its interval; NaN where fewer
-        than two prompts say nothing of noise.
-    """
-    falls = 100 * (before - now)
-    falls = falls[np.isfinite(falls)]
-    if len(falls) < 2:
-        return math.nan, math.nan, math.nan
-    mean, error = float(falls.mean()), float(falls.std(ddof=1)) / math.sqrt(len(falls))
-    return mean, mean - Z95 * error, mean + Z95 * error
 
 
 @contextmanager

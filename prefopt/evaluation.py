@@ -35,7 +35,8 @@ from prefopt.eval.paired import paired_comparison
 from prefopt.eval.win_rate import FloatArray
 from prefopt.generate import completion_row
 from prefopt.judge import Judge
-from prefopt.rollout.engine import SamplingSettings
+from prefopt.models.forward import unwrap_peft
+from prefopt.rollout.engine import SamplingSettings, check_prompts
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.sampling import Player
 from prefopt.rounds.storage import atomic_write, remove_partial
@@ -80,7 +81,7 @@ class EvaluationTask:
 
 
 def prompt_ids_of(task: EvaluationTask, tokenizer: PreTrainedTokenizerBase) -> Ragged:
-    """Token ids of the prompts, none of which is too long here.
+    """Token ids of the prompts, however long.
 
     Raises:
         PrefoptError: The tokenizer lacks what they need.
@@ -101,8 +102,8 @@ class Evaluation:
         weights: A hash of the weights that training begins with.
 
     Raises:
-        PrefoptError: The policy is sharded so that it cannot be made whole, or the tokenizer lacks
-            what the prompts need.
+        PrefoptError: The policy is sharded so that it cannot be made whole, the tokenizer lacks
+            what the prompts need, or one is too long.
     """
 
     def __init__(
@@ -111,6 +112,12 @@ class Evaluation:
         check_gathers(trainer)
         tokenizer: Any = trainer.processing_class
         self.prompt_ids = list(prompt_ids_of(task, tokenizer))
+        config: Any = unwrap_peft(trainer.model).config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        try:
+            check_prompts(self.prompt_ids, [task.sampling] * len(self.prompt_ids), context)
+        except PrefoptError as error:
+            raise PrefoptError(f"eval.prompts: {error}") from error
         self.trainer, self.task, self.folder = trainer, task, folder
         self.unit = "round" if isinstance(trainer, RoundTrainer) else "epoch"
         self.facts = {
@@ -135,26 +142,17 @@ class Evaluation:
         """
         if self._is_main:
             remove_partial(self.folder)
-        start, baseline = self.folder / "start.json", self.folder / "baseline.jsonl"
-        begun, there = self._exist(start, baseline)
-        with undisturbed():
-            self.facts["judge"] = self._load_judge()[1]
-            _free()
-        if begun:
-            found = json.loads(start.read_text())
-            different = [name for name, fact in self.facts.items() if found.get(name) != fact]
-            if different:
-                raise PrefoptError(
-                    f"{self.folder}: these evaluations were made with other "
-                    f"{', '.join(different)}; restore what was there, or delete the run folder to "
-                    "begin again"
-                )
-        if resumed and not (begun and there):
+        baseline = self.folder / "baseline.jsonl"
+        (there,) = self._exist(baseline)
+        if resumed and not there:
             raise PrefoptError(
                 f"{baseline}: the answers that a run compares with are made before its first "
                 "step, and are gone; restore the file, or delete the run folder to begin again"
             )
-        self._write(start, json.dumps(self.facts, indent=2) + "\n")
+        with undisturbed():
+            self.facts["judge"] = self._load_judge()[1]
+        _free()
+        self._check_facts()
         if self.task.baseline is None:
             self._answer(baseline)
             return
@@ -165,6 +163,21 @@ class Evaluation:
         self._write(baseline, _as_lines(rows))
         if not resumed:
             self.evaluate(0)
+
+    def _check_facts(self) -> None:
+        """Writes down what all evaluations depend on, or compares it with what is there."""
+        path = self.folder / "start.json"
+        (there,) = self._exist(path)
+        if not there:
+            self._write(path, json.dumps(self.facts, indent=2) + "\n")
+            return
+        found = json.loads(path.read_text())
+        different = [name for name, fact in self.facts.items() if found.get(name) != fact]
+        if different:
+            raise PrefoptError(
+                f"{self.folder}: these evaluations were made with other {', '.join(different)}; "
+                "restore what was there, or delete the run folder to begin again"
+            )
 
     def after(self, done: int) -> bool:
         """Evaluates where it is due; True where training is to end."""

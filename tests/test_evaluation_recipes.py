@@ -225,6 +225,7 @@ def test_a_file_of_answers_is_the_baseline(recipe: Path, world: WorldPaths, tmp_
         (["eval.prompts=nowhere.jsonl"], "eval.prompts: .*nowhere.jsonl"),
         (["eval.baseline=nowhere.jsonl"], "eval.baseline: .*nowhere.jsonl"),
         (["eval.judge.path=nowhere"], r"eval\.judge\.path: .*nowhere"),
+        (["eval.max_new_tokens=9999"], "eval.prompts: prompt 0 has .* tokens: with max_new_tokens"),
         (["eval.judge={kind: api, model: m}"], "eval.judge: .*OPENAI_API_KEY is not set"),
         (
             ["eval.stop_on_drop=5", "trainer.load_best_model_at_end=true",
@@ -240,7 +241,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(PrefoptError, match=words):
         run(recipe, *overrides)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

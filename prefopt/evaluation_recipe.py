@@ -119,8 +119,9 @@ def check_evaluation_judge(recipe: Recipe) -> None:
         raise PrefoptError(f"eval.judge.path: {error}") from error
     if trains_with(recipe):
         logger.warning(
-            "eval.judge: none of its own, so the judge that training asks judges the evaluation "
-            "too; its win rates are optimistic, since the policy learns to please it"
+            "eval.judge: %s is the judge that training asks too; its win rates are optimistic, "
+            "since the policy learns to please it",
+            judge.path,
         )
 
 
@@ -147,7 +148,10 @@ def trains_with(recipe: Recipe) -> bool:
     from prefopt.trainers import TRAINERS
 
     asks = getattr(TRAINERS[recipe.trainer.algorithm][0], "asks", ())
-    return bool(recipe.eval and recipe.eval.judge is None and asks)
+    judge, own = recipe.judge, judge_section(recipe)
+    if not asks or judge is None:
+        return False
+    return (own.kind, own.path, own.dtype) == (judge.kind, judge.path, judge.dtype)
 
 
 def load_for_evaluation(recipe: Recipe, trainer: Trainer) -> tuple[Judge, dict[str, Any]]:

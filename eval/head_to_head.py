@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from prefopt.errors import PrefoptError
-from prefopt.eval.win_rate import FloatArray, win_rate
+from prefopt.eval.length_control import (
+    bootstrap_length_controlled,
+    length_controlled_win_rate,
+)
+from prefopt.eval.win_rate import Z95, FloatArray, win_rate
 
 
 def head_to_head(
@@ -31,8 +35,10 @@ def head_to_head(
         ``win_rate``, ``win_rate_ci`` (low, high) and ``standard_error`` (None of one prompt) in
         0-100; ``wins``, ``ties``, ``losses`` and ``prompts``; ``unjudged``, the answers that are
         NaN; ``mean_length`` and ``baseline_mean_length`` of all answers, in characters; and
-        ``length_controlled`` with ``win_rate``, ``standard_error`` and ``approximation``, or None
-        where it cannot be fitted.
+        ``length_controlled``, None where it cannot be fitted, with ``win_rate``, ``win_rate_ci``
+        and ``approximation``. Its interval is the bootstrap's, with the fit in it, and its
+        ``standard_error`` what that interval's width is for a normal: without difficulties
+        AlpacaEval's own standard error is 0 by construction.
 
     Raises:
         PrefoptError: Nothing was judged, a preference is outside [0, 1], or lengths differ.
@@ -70,14 +76,15 @@ def head_to_head(
 def _length_controlled(
     preferences: FloatArray, lengths: np.ndarray, baseline_lengths: np.ndarray
 ) -> dict[str, Any] | None:
-    from prefopt.eval.length_control import length_controlled_win_rate
-
+    rows = (preferences + 1, lengths, baseline_lengths)
     try:
-        fit = length_controlled_win_rate(preferences + 1, lengths, baseline_lengths)
-    except PrefoptError:  # too few prompts, or nothing to tell length from quality by
+        fit = length_controlled_win_rate(*rows)
+        low, high = bootstrap_length_controlled(*rows, C=fit.C).lc_win_rate
+    except PrefoptError:  # fewer prompts than its cross-validation has folds
         return None
     return {
         "win_rate": fit.lc_win_rate,
-        "standard_error": fit.lc_standard_error,
+        "win_rate_ci": [low, high],
+        "standard_error": (high - low) / (2 * Z95),
         "approximation": fit.approximation,
     }

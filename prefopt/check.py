@@ -14,6 +14,13 @@ from rich.text import Text
 
 from prefopt.data.report import data_report
 from prefopt.errors import PrefoptError
+from prefopt.evaluation_recipe import (
+    NO_POLICY,
+    check_evaluation_judge,
+    evaluation_report,
+    evaluation_task,
+    read_evaluation_data,
+)
 from prefopt.launch import accelerate_config, strategy_of
 from prefopt.memory import GIB, Machine, memory_report, size
 from prefopt.models.memory import Spread
@@ -50,8 +57,9 @@ def check(
         ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
         :func:`prefopt.data.report.data_report`; of an algorithm that samples also ``rounds``, the
         prompts of each round, ``samples``, how many are drawn for each, and ``judge``, what is
-        wrong with the judge, if anything is; and ``memory``, see
-        :func:`prefopt.memory.memory_report`.
+        wrong with the judge, if anything is; with a section ``eval`` also ``win_rate``, see
+        :func:`prefopt.evaluation_recipe.evaluation_report`, and in it ``judge`` likewise; and
+        ``memory``, see :func:`prefopt.memory.memory_report`.
 
     Raises:
         PrefoptError: As training on it would, but for a judge that is not there yet.
@@ -71,6 +79,14 @@ def check(
             check_judge(recipe)
         except PrefoptError as error:  # it may be trained after the recipe is written
             result["judge"] = str(error)
+    if recipe.eval is not None and recipe.trainer.algorithm not in NO_POLICY:
+        texts = read_evaluation_data(recipe.eval)
+        evaluation_task(recipe, texts, args, rounds)
+        result["win_rate"] = evaluation_report(recipe, texts, args, len(rows.train), rounds)
+        try:
+            check_evaluation_judge(recipe)
+        except PrefoptError as error:
+            result["win_rate"]["judge"] = str(error)
     if rows.evaluation is not None:
         result["evaluation"] = data_report(rows.evaluation, tokenizer)
     machine = _machine(args, accelerate, processes, device_memory)
@@ -106,6 +122,8 @@ def print_check(result: dict[str, Any]) -> None:
         console.print(f"{len(rounds):,} rounds of {each} prompts, {samples} samples each")
     if "judge" in result:
         console.print(f"[yellow]the judge cannot be loaded yet:[/yellow] {result['judge']}")
+    if "win_rate" in result:
+        _print_win_rate(console, result["win_rate"])
     _print_memory(console, result["memory"])
     example = result["train"]["example"]
     loss = "" if "prompt" in example else " (loss on the green text)"
@@ -117,6 +135,17 @@ def print_check(result: dict[str, Any]) -> None:
             )
             console.print(f"[bold]{name}[/bold]")
             console.print(text)
+
+
+def _print_win_rate(console: Console, report: dict[str, Any]) -> None:
+    every, unit = report["every"], report["unit"]
+    console.print(
+        f"win rate on {report['prompts']:,} prompts, {report['evaluations']:,} times "
+        f"({'every ' + unit if every == 1 else f'every {every} {unit}s'}): "
+        f"{report['answers']:,} answers, {report['comparisons']:,} comparisons"
+    )
+    if "judge" in report:
+        console.print(f"[yellow]the judge of evaluations is not ready:[/yellow] {report['judge']}")
 
 
 def _print_memory(console: Console, memory: dict[str, Any]) -> None:

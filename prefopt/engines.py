@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.template import stop_token_ids
-from prefopt.data.tokenize import Ragged
 from prefopt.recipe import Recipe
 from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rollout.vllm_engine import VLLMEngine
@@ -26,7 +25,7 @@ def make_engine(
     args: Any,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Ragged,
+    longest_prompt: int,
     sampling: Sequence[SamplingSettings],
 ) -> Engine | None:
     """The engine that a recipe asks for; None: transformers' on the trainer's own model.
@@ -38,7 +37,7 @@ def make_engine(
         args: The trainer's arguments.
         model: The policy as it was loaded.
         tokenizer: Its tokenizer.
-        prompts: Token ids of all prompts.
+        longest_prompt: Tokens of the longest prompt.
         sampling: The settings they are sampled with.
 
     Raises:
@@ -54,8 +53,7 @@ def make_engine(
     check_temperatures(sampling)
     common: dict[str, Any] = {
         "stop_token_ids": stop_token_ids(tokenizer, model.generation_config),
-        "context_length": int(prompts.lengths.max())
-        + max(part.max_new_tokens for part in sampling),
+        "context_length": longest_prompt + max(part.max_new_tokens for part in sampling),
     }
     if name == "vllm":
         dtype = _precision(args, model)

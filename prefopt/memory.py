@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from prefopt.data.tokenize import Ragged, Tokenized
 from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
+from prefopt.evaluation_recipe import NO_POLICY, judge_section, trains_with
 from prefopt.models.load import load_config
 from prefopt.models.memory import (
     Spread,
@@ -29,7 +30,7 @@ from prefopt.models.memory import (
     step_bytes,
     with_adapter,
 )
-from prefopt.recipe import Recipe
+from prefopt.recipe import EvalJudgeSection, JudgeSection, Recipe
 from prefopt.trainers.base import disable_dropout
 from prefopt.trainers.nash_mp import NashMPConfig
 from prefopt.trainers.pair_rounds import PairRoundConfig
@@ -41,7 +42,7 @@ GIB = 2**30
 RESERVE = 0.1  # of a device, for what is not counted: CUDA's context, gaps in the allocator, NCCL
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 # these share the device one after another; everything else is there all the time
-IN_TURN = (("activations", "logits"), ("sampling",))
+IN_TURN = (("activations", "logits"), ("sampling",), ("judge of evaluations",))
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _parts(
         activations += step_bytes(critic, trees, values=True, **step)
         activations -= step["keep_gradients"] * 4 * sizes.trained
     notes: list[str] = []
-    parts["judge"] = _judge_bytes(recipe, args, machine, notes)
+    parts |= _judges_bytes(recipe, args, machine, notes)
     tokens = sum(len(ids) for tree in trees for ids in tree.completions)
     vocabulary = 0 if classifier else config.get_text_config().vocab_size
     # the step was taken with the chunks of a CPU
@@ -268,17 +269,27 @@ def _kept_bytes(args: Any, recipe: Recipe, count: int, trained: int, spread: Spr
     return copies * size // (spread.processes if spread.gathers else 1)
 
 
-def _judge_bytes(recipe: Recipe, args: Any, machine: Machine, notes: list[str]) -> int:
-    """The judge's weights, as they are loaded; under vLLM its share of the device."""
-    judge = recipe.judge
-    if judge is None or not getattr(args, "asks", ()):
-        return 0
-    if judge.engine == "vllm":
-        return round(judge.gpu_memory * (machine.memory or 0))
+def _judges_bytes(recipe: Recipe, args: Any, machine: Machine, notes: list[str]) -> dict[str, int]:
+    """The judge that training asks, always there, and another that is while it evaluates."""
+    judge, parts = recipe.judge, {}
+    if judge is not None and getattr(args, "asks", None):
+        vllm = judge.engine == "vllm"  # its share of the device
+        share = round(judge.gpu_memory * (machine.memory or 0))
+        parts["judge"] = share if vllm else _judge_bytes(judge, notes)
+    if recipe.eval is not None and recipe.trainer.algorithm not in NO_POLICY:
+        section = judge_section(recipe)
+        if section.kind != "api" and not trains_with(recipe):
+            parts["judge of evaluations"] = _judge_bytes(section, notes)
+    return parts
+
+
+def _judge_bytes(judge: JudgeSection | EvalJudgeSection, notes: list[str]) -> int:
+    """A judge's weights, as they are loaded."""
+    path = str(judge.path)
     try:
-        config = load_config(judge.path)
+        config = load_config(path)
     except PrefoptError:
-        notes.append(f"not counted: the judge, since {judge.path} is not there yet")
+        notes.append(f"not counted: the judge, since {path} is not there yet")
         return 0
     dtype = _dtype(judge.dtype, config)
     classifier = judge.kind == "reward_model"

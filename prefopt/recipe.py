@@ -182,12 +182,37 @@ class TrainerSection(Section):
         return dict(sorted(self.__pydantic_extra__.items()))
 
 
+class EvalJudgeSection(Section):
+    """What judges evaluations: a model of ours, or one behind an OpenAI-compatible API."""
+
+    kind: Literal["reward_model", "preference_model", "api"]
+    path: Text | None = None  # a local folder or a Hub id
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    model: Text | None = None  # api: its name there
+    base_url: Text = "https://api.openai.com/v1"
+    key_variable: Text = "OPENAI_API_KEY"  # the environment variable that holds the key
+    concurrency: Count = 16  # requests at a time
+
+    @model_validator(mode="after")
+    def _check_place(self) -> EvalJudgeSection:
+        needed, other = ("model", "path") if self.kind == "api" else ("path", "model")
+        if getattr(self, needed) is None or getattr(self, other) is not None:
+            raise ValueError(f"kind {self.kind} needs '{needed}', and takes no '{other}'")
+        return self
+
+
 class EvalSection(Section):
-    """The prompts on which the trained model is evaluated."""
+    """The win rate of the policy over its start, or over answers in a file, while it trains."""
 
     prompts: Text  # a JSONL or Parquet file, or a Hub id
     split: Text = "train"
     max_prompts: Count | None = None
+    every: Count | None = None  # rounds, or epochs; null: 1, of rounds of samples a tenth
+    baseline: Text | None = None  # a file of answers; null: the policy as training starts
+    judge: EvalJudgeSection | None = None  # null: the recipe's
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    max_new_tokens: Count | None = None  # null: the rollout's
+    stop_on_drop: Annotated[float, Field(gt=0, le=100)] | None = None  # points of the win rate
 
 
 class Recipe(Section):

@@ -24,7 +24,14 @@ from prefopt.rounds.storage import atomic_write
 from prefopt.trainers.base import last_complete_checkpoint
 
 # where samples are drawn, and how weights get there, may change between two starts of a run
-PLACES = {"judge.gpu_memory", "rollout.gpu_memory", "rollout.servers", "rollout.transfer"}
+PLACES = {
+    "eval.judge.concurrency",
+    "eval.judge.key_variable",
+    "judge.gpu_memory",
+    "rollout.gpu_memory",
+    "rollout.servers",
+    "rollout.transfer",
+}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -129,9 +136,12 @@ class MetricsFile(TrainerCallback):
 
 
 def _is_before(line: Mapping[str, Any], step: int) -> bool:
-    """Whether a run resumed at a step leaves the line as it is; what begins a round comes again."""
-    begins_round = "round" in line and "loss" not in line
-    return line["step"] < step or (line["step"] == step > 0 and not begins_round)
+    """Whether a run resumed at a step leaves the line as it is.
+
+    What begins a round comes again, and so does an evaluation, which is made after a checkpoint.
+    """
+    comes_again = "evaluation/win_rate" in line or ("round" in line and "loss" not in line)
+    return line["step"] < step or (line["step"] == step > 0 and not comes_again)
 
 
 class ProgressBar(TrainerCallback):

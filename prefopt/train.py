@@ -29,6 +29,8 @@ from prefopt.engines import make_engine
 from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
+from prefopt.evaluation import Evaluation, EvaluationTask, prompt_ids_of
+from prefopt.evaluation_recipe import evaluation_task, read_evaluation
 from prefopt.models.load import (
     check_quantization,
     load_policy,
@@ -50,9 +52,14 @@ from prefopt.rollout.vllm_process import check_installed
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
-from prefopt.trainers.base import TreeTrainerConfig, last_complete_checkpoint
+from prefopt.trainers.base import (
+    CompleteCheckpoints,
+    TreeTrainerConfig,
+    last_complete_checkpoint,
+)
 from prefopt.trainers.pair_rounds import PairRoundTrainer
 from prefopt.trainers.pairs import pair_dataset
+from prefopt.trainers.reference import shared_fingerprint
 from prefopt.trainers.round_config import RoundConfig
 from prefopt.trainers.round_rows import parser_of, tokenize_rows
 
@@ -313,13 +320,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     check_judge(recipe)  # before data are read and models are loaded
     check_quantization(recipe.model.quantization)
     tokenizer = recipe_tokenizer(recipe)
+    texts = read_evaluation(recipe)
     rows = load_rows(recipe, tokenizer, args)
-    prompts_of_rounds(args, rows)
+    rounds = prompts_of_rounds(args, rows)
+    task = None if texts is None else evaluation_task(recipe, texts, args, rounds)
     if main:
         open_run(recipe, {"rows": rows.train.fingerprint, "processes": args.world_size})
     set_seed(recipe.seed)
     try:
-        trainer = make_trainer(recipe, args, tokenizer, rows)
+        trainer = make_trainer(recipe, args, tokenizer, rows, task)
         outcome = trainer.train(
             resume_from_checkpoint=_as_text(last_complete_checkpoint(folder / "checkpoints"))
         )
@@ -342,6 +351,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
             result["evaluation"] = {k: v for k, v in last.items() if k.startswith("eval_")}
     if isinstance(trainer, PairRoundTrainer):
         result["rounds"] = trainer.reports()
+    if isinstance(trainer.evaluator, Evaluation):
+        result["evaluations"] = trainer.evaluator.finish()
+        if trainer.evaluator.stopped is not None:
+            result["stopped"] = trainer.evaluator.stopped
     save_final(trainer, recipe)
     if main:
         shutil.rmtree(folder / "weights", ignore_errors=True)  # what servers were pushed last
@@ -406,9 +419,13 @@ def _check_judge_section(recipe: Recipe, args: RoundConfig) -> None:
 
 
 def make_trainer(
-    recipe: Recipe, args: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows
-) -> Trainer:
-    """Loads the model and builds the trainer of a recipe."""
+    recipe: Recipe,
+    args: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    task: EvaluationTask | None = None,
+) -> CompleteCheckpoints:
+    """Loads the model and builds the trainer of a recipe, evaluated as a task says."""
     algorithm = recipe.trainer.algorithm
     _, trainer_class = ALGORITHMS[algorithm]
     folder = Path(recipe.run_dir)
@@ -429,12 +446,16 @@ def make_trainer(
     elif as_dataset is not None:
         datasets = [None if part is None else as_dataset(part) for part in datasets]
     model = _load_model(recipe, tokenizer, recipe.model.quantization)
+    weights = "" if task is None else shared_fingerprint(model)  # before an adapter is added
     if isinstance(args, RoundConfig) and args.samples_drawn(recipe.rollout.samples_per_prompt):
-        more["engine"] = make_engine(
-            recipe, args, model, tokenizer, rows.train.prompt_ids, more["sampling"]
-        )
+        prompts, sampling = [rows.train.prompt_ids], list(more["sampling"])
+        if task is not None:
+            prompts.append(prompt_ids_of(task, tokenizer))
+            sampling.append(task.sampling)
+        longest = max(int(ids.lengths.max()) for ids in prompts)
+        more["engine"] = make_engine(recipe, args, model, tokenizer, longest, sampling)
     try:
-        trainer = trainer_class(
+        trainer: CompleteCheckpoints = trainer_class(
             model,
             args,
             train_dataset=datasets[0],
@@ -448,6 +469,8 @@ def make_trainer(
         raise PrefoptError(f"{algorithm}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    if task is not None:
+        Evaluation(trainer, task, folder / "evaluations", weights)
     return trainer
 
 

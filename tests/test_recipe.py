@@ -514,17 +514,20 @@ def test_the_documented_keys_and_defaults_are_those_of_the_code(recipe_file: Pat
     documented = dict(rows)
     assert len(documented) == len(rows)
     overrides = ["model.lora={}", "judge={kind: reward_model, path: j}", "eval.prompts=p"]
+    overrides.append("eval.judge={kind: api, model: m}")
     actual = flattened(load_recipe(recipe_file, overrides).resolved())
     sources = ["data.path=null", "data.sources=[{path: a}]"]
     source = load_recipe(recipe_file, sources).resolved()["data"]["sources"][0]
     actual |= {f"data.sources[].{key}": value for key, value in source.items()}
     del actual["trainer.beta"]
-    assert documented.keys() == actual.keys() | {"model.lora"}
+    sections = {"model.lora", "eval.judge"}
+    assert documented.keys() == actual.keys() | sections
     required = {"model.path", "data.sources[].path", "judge.kind", "judge.path", "eval.prompts"}
-    required.add("trainer.algorithm")
+    required |= {"trainer.algorithm", "eval.judge.kind"}
     assert {key for key, default in documented.items() if default == "required"} == required
-    assert documented["model.lora"] == "`null`"
-    for key in actual.keys() - required - {"name", "run_dir", "data.path"}:
+    assert {documented[section] for section in sections} == {"`null`"}
+    given = {"name", "run_dir", "data.path", "eval.judge.model"}
+    for key in actual.keys() - required - given:
         assert yaml.safe_load(documented[key].strip("`")) == actual[key], key
 
 

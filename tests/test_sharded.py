@@ -249,6 +249,9 @@ def overrides(folder: Path, kind: str, lora: bool) -> list[str]:
         "trainer.logging_steps": 1,
         "trainer.learning_rate": 1e-2,
         "trainer.adam_epsilon": 1e-2,
+        "rollout.max_new_tokens": 8,
+        "eval.prompts": folder / "world/prompts.jsonl",
+        "eval.judge": f"{{kind: preference_model, path: {folder / 'world/base'}}}",
         **({"model.lora.r": 4} if lora else {}),
         **({} if kind == "alone" else {"trainer.ddp_backend": "gloo"}),
         **({"trainer.deepspeed": folder / f"{kind}.json"} if "zero" in kind else {}),
@@ -318,7 +321,7 @@ def launch(folder: Path, *kinds: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sharded")
-    build_world(path / "world", sft_rows=1, preference_rows=60, prompt_rows=1)
+    build_world(path / "world", sft_rows=1, preference_rows=60, prompt_rows=5)
     return path
 
 
@@ -472,6 +475,10 @@ def test_recipes_end_in_models_that_one_process_loads(
         for name, weight in own.items():
             assert torch.allclose(weight, theirs[name], rtol=0, atol=1e-4), name
         assert (runs[1] / "adapter").exists() == lora
+        for name in ("baseline.jsonl", "0001/answers.jsonl"):
+            assert len({(run / "evaluations" / name).read_text() for run in runs}) == 1, name
+        rates = [json.loads((run / "summary.json").read_text())["evaluations"] for run in runs]
+        assert rates[0][0]["win_rate"] == pytest.approx(rates[1][0]["win_rate"], abs=1e-2)
 
 
 # --- without a second process --------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from prefopt import quickstart
+from prefopt.data.tokenize import tokenize_prompts
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees
@@ -304,6 +305,28 @@ def test_a_run_on_vllm_goes_on_where_it_was_and_ends_as_if_it_had_not_stopped(wo
     train(recipe)
     ended, expected = (load_file(run / "final" / "model.safetensors") for run in (parts, whole))
     assert all(torch.equal(w, ended[name]) for name, w in expected.items())
+
+
+def test_evaluations_are_answered_by_vllm_and_change_nothing(world: Path) -> None:
+    """By answers longer than the samples of the rounds."""
+    from safetensors.torch import load_file
+
+    base, run = world / "world" / "base", world / "evaluated"
+    rows = world / "world" / "preferences.jsonl"
+    asked = [f"eval.prompts={rows}", "eval.max_prompts=6", "eval.max_new_tokens=60"]
+    for folder, options in ((world / "plain", []), (run, asked)):
+        overrides = [f"run_dir={folder}", "rollout.engine=vllm", *options]
+        train(read_recipe(world / "online_dpo.yaml", overrides))
+    final = load_file(run / "final" / "model.safetensors")
+    for name, weight in load_file(world / "plain" / "final" / "model.safetensors").items():
+        assert torch.equal(weight, final[name])
+    greedy = SamplingSettings(max_new_tokens=60, temperature=0.0)
+    for file, model in (("baseline.jsonl", base), ("0002/answers.jsonl", run / "final")):
+        found = [json.loads(line) for line in (run / "evaluations" / file).open()]
+        ids = tokenize_prompts([row["prompt"] for row in found], TOKENIZER, max_prompt_length=None)
+        engine = TransformersEngine(load_policy(str(model)), load_tokenizer(str(model)))
+        groups = engine.generate(list(ids.prompt_ids), greedy)
+        assert [row["completion"] for row in found] == [group[0].text for group in groups]
 
 
 def test_an_engine_that_computes_otherwise_stops_the_run(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +106,18 @@ class TreeDataset(Dataset):
         return {"index": index, "tree": self.trees[index], **row}
 
 
+class Evaluator(Protocol):
+    """Looks at the policy between two epochs or rounds."""
+
+    def after(self, done: int) -> bool:
+        """Runs when so many epochs or rounds are done and saved; True ends training."""
+        ...
+
+
 class CompleteCheckpoints(Trainer):
     """A Trainer whose checkpoints count only once their last file is on the disk."""
+
+    evaluator: Evaluator | None = None
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
         if args.save_total_limit == 1:
@@ -125,6 +135,30 @@ class CompleteCheckpoints(Trainer):
             args._n_gpu = 1  # nn.DataParallel cannot split trees
         super().__init__(args=args, **kwargs)
         check_saves_whole(self)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of the next step; none where an evaluation ends training."""
+        epoch = self.state.epoch or 0.0
+        if epoch and epoch == int(epoch) and self.ends_after(int(epoch)):
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def ends_after(self, done: int) -> bool:
+        """Has the policy evaluated before the next epoch or round begins.
+
+        Here and not when the last one ended, because its checkpoint is on disk by now.
+
+        Args:
+            done: Epochs or rounds so far.
+
+        Returns:
+            Whether training ends here.
+        """
+        if self.evaluator is not None and self.evaluator.after(done):
+            self.control.should_training_stop = True
+        return self.control.should_training_stop
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves whole weights; under FSDP too, whatever form it keeps the state of training in."""
@@ -311,6 +345,13 @@ class TreeTrainer(CompleteCheckpoints):
         else:  # DDP and FSDP average over ranks, hence the factor
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"losses": losses}) if return_outputs else loss
+
+    def ends_after(self, done: int) -> bool:
+        """Leaves the time it takes out of the speed of training."""
+        begun = time.perf_counter()
+        ends = super().ends_after(done)
+        self._clock += time.perf_counter() - begun
+        return ends
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         count = torch.tensor(sum(b["trees"].num_trees for b in batch_samples), device=device)

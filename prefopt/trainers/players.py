@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
@@ -46,8 +47,7 @@ def player(trainer: RoundTrainer, engine: Engine, weights: Weights = nullcontext
 
     @contextmanager
     def live() -> Iterator[None]:
-        # autocast, because a PEFT model's generate passes the trainer's wrapper by
-        with weights(), whole_weights(trainer.model_wrapped), trainer.accelerator.autocast():
+        with weights(), live_policy(trainer):
             yield
 
     @contextmanager
@@ -59,6 +59,14 @@ def player(trainer: RoundTrainer, engine: Engine, weights: Weights = nullcontext
             cast(PushedEngine, engine).release()
 
     return Player(engine, pushed if hasattr(engine, "push") else live)
+
+
+@contextmanager
+def live_policy(trainer: Trainer) -> Iterator[None]:
+    """The policy that trains, ready to sample from; all processes enter and leave together."""
+    # autocast, because a PEFT model's generate passes the trainer's wrapper by
+    with whole_weights(trainer.model_wrapped), trainer.accelerator.autocast():
+        yield
 
 
 def push(trainer: RoundTrainer, engine: PushedEngine, weights: Weights = nullcontext) -> None:

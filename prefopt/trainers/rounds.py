@@ -278,6 +278,8 @@ class RoundTrainer(TreeTrainer):
         step = self.state.global_step
         while self.current is None or step >= self.current.end:
             last = self.current
+            if last is not None and step == last.end and self.ends_after(last.index + 1):
+                return [], None
             index, start = (0, 0) if last is None else (last.index + 1, last.end)
             if index == len(self.plan):  # the last rounds gave no pairs
                 self.control.should_training_stop = True
@@ -443,7 +445,7 @@ class RoundTrainer(TreeTrainer):
             "weights": self.fingerprint,
             "adapter": None if peft_config is None else adapter_facts(peft_config),
             "judge": judge and " ".join(filter(None, (type(judge).__name__, rule))),
-            "judge's weights": _judge_fingerprint(judge),
+            "judge's weights": judge_fingerprint(judge),
             "prompts": self.prompts.fingerprint,
             "sampling": [asdict(part) for part in self.sampling],
             "engine": type(self.engine).__name__,
@@ -477,8 +479,11 @@ class _AfterSteps(TrainerCallback):
             control.should_save = True  # after the last step transformers saves by itself
 
 
-def _judge_fingerprint(judge: Judge | None) -> str | None:
-    """A hash of the judge's weights, or of the files they are served from; a rule has neither."""
+def judge_fingerprint(judge: Judge | None) -> str | None:
+    """A hash of the judge's weights, or of the files they are served from; a rule has neither.
+
+    All processes call this.
+    """
     model = getattr(judge, "model", None)
     if isinstance(model, nn.Module):
         return shared_fingerprint(model)

@@ -36,18 +36,29 @@ def check_saves_whole(trainer: Trainer) -> None:
         )
 
 
+def check_gathers(trainer: Trainer) -> None:
+    """Checks that a sharded policy can be made whole to sample from it.
+
+    Raises:
+        PrefoptError: It is sharded by FSDP's first version.
+    """
+    plugin = _fsdp(trainer)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise PrefoptError(
+            f"{type(trainer).__name__}: found FSDP version {plugin.fsdp_version}, which keeps no "
+            "weight by itself; use version 2 (fsdp_config: {version: 2}, the default of "
+            "trainer.fsdp)"
+        )
+
+
 def check_rounds(trainer: Trainer, judge: object) -> None:
     """Checks that rounds can go on with the way a trainer shards weights; all processes call this.
 
     Raises:
         PrefoptError: They cannot.
     """
+    check_gathers(trainer)
     name, plugin = type(trainer).__name__, _fsdp(trainer)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise PrefoptError(
-            f"{name}: found FSDP version {plugin.fsdp_version}, which keeps no weight by itself; "
-            "use version 2 (fsdp_config: {version: 2}, the default of trainer.fsdp)"
-        )
     for section in ("optimizer", "scheduler"):
         if section in _deepspeed(trainer):
             raise PrefoptError(

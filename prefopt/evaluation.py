@@ -1,0 +1,422 @@
+"""Evaluation while training: how often the policy's answers beat those of a baseline.
+
+The policy that trains answers the same prompts again and again, between two rounds or epochs, and a
+judge compares its answers with those it gave before training, or with a file's. What is complete on
+disk is not made again, so a run that was killed goes on as if it had not been, and ends early where
+it would have.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from prefopt.data.rows import Prompt
+from prefopt.data.template import check_tokenizer
+from prefopt.data.tokenize import Ragged, tokenize_prompts
+from prefopt.errors import PrefoptError
+from prefopt.eval.head_to_head import head_to_head
+from prefopt.eval.paired import paired_comparison
+from prefopt.eval.win_rate import FloatArray
+from prefopt.generate import completion_row
+from prefopt.judge import Judge
+from prefopt.models.forward import unwrap_peft
+from prefopt.rollout.engine import SamplingSettings, check_prompts
+from prefopt.rollout.hf_engine import TransformersEngine
+from prefopt.rounds.sampling import Player
+from prefopt.rounds.storage import atomic_write, remove_partial
+from prefopt.rounds.store import read_lines, round_folder
+from prefopt.trainers.base import CompleteCheckpoints
+from prefopt.trainers.players import live_policy, player
+from prefopt.trainers.reference import progress_bar
+from prefopt.trainers.rounds import RoundTrainer
+from prefopt.trainers.sharding import check_gathers
+
+logger = logging.getLogger(__name__)
+
+NOISE = 0.05  # the p-value from which on a fall may be noise
+# a judge, and all that its answers depend on, for the records
+LoadJudge = Callable[[Trainer], tuple[Judge, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What is evaluated, how and how often.
+
+    Attributes:
+        prompts: What the policy answers.
+        judge: Loads what compares answers; its record has ``kind``.
+        every: Rounds or epochs between two evaluations.
+        sampling: How the policy answers, one sample a prompt.
+        baseline: The answers to compare with, one a prompt; None: the policy's before training.
+        baseline_name: Where ``baseline`` comes from.
+        stop_on_drop: Training ends where the win rate is so many points below its best so far, the
+            start's included, and `paired_comparison` says that the fall is no noise.
+        batch_size: Answers generated at a time.
+    """
+
+    prompts: Sequence[Prompt]
+    judge: LoadJudge
+    every: int
+    sampling: SamplingSettings
+    baseline: Sequence[str] | None = None
+    baseline_name: str = "start"
+    stop_on_drop: float | None = None
+    batch_size: int = 64
+
+
+def prompt_ids_of(task: EvaluationTask, tokenizer: PreTrainedTokenizerBase) -> Ragged:
+    """Token ids of the prompts, however long.
+
+    Raises:
+        PrefoptError: The tokenizer lacks what they need.
+    """
+    check_tokenizer(tokenizer, conversational=not isinstance(task.prompts[0], str))
+    return tokenize_prompts(task.prompts, tokenizer, max_prompt_length=None).prompt_ids
+
+
+class Evaluation:
+    """Evaluates the policy of a trainer, which tells it when; see `Evaluator`.
+
+    All processes call its methods together.
+
+    Args:
+        trainer: The trainer, before it trains.
+        task: What to do.
+        folder: What everything is kept in.
+        weights: A hash of the weights that training begins with.
+
+    Raises:
+        PrefoptError: The policy is sharded so that it cannot be made whole, the tokenizer lacks
+            what the prompts need, or one is too long.
+    """
+
+    def __init__(
+        self, trainer: CompleteCheckpoints, task: EvaluationTask, folder: Path, weights: str
+    ) -> None:
+        check_gathers(trainer)
+        tokenizer: Any = trainer.processing_class
+        self.prompt_ids = list(prompt_ids_of(task, tokenizer))
+        config: Any = unwrap_peft(trainer.model).config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        try:
+            check_prompts(self.prompt_ids, [task.sampling] * len(self.prompt_ids), context)
+        except PrefoptError as error:
+            raise PrefoptError(f"eval.prompts: {error}") from error
+        self.trainer, self.task, self.folder = trainer, task, folder
+        self.unit = "round" if isinstance(trainer, RoundTrainer) else "epoch"
+        self.facts = {
+            "weights": weights,
+            "prompts": _hash(self.prompt_ids),
+            "sampling": asdict(task.sampling),
+            "baseline": "start" if task.baseline is None else _hash(task.baseline),
+        }
+        self.last: int | None = None  # the number of rounds or epochs that was evaluated last
+        self.stopped: str | None = None  # why training was ended
+        trainer.evaluator = self
+        trainer.add_callback(_BeforeTraining(self))
+
+    # --- when ------------------------------------------------------------------------------------
+
+    def begin(self, resumed: bool) -> None:
+        """Makes the baseline's answers before the first step.
+
+        Raises:
+            PrefoptError: What is on disk was made otherwise, or is gone, or the judge cannot be
+                loaded.
+        """
+        if self._is_main:
+            remove_partial(self.folder)
+        baseline = self.folder / "baseline.jsonl"
+        (there,) = self._exist(baseline)
+        if resumed and not there:
+            raise PrefoptError(
+                f"{baseline}: the answers that a run compares with are made before its first "
+                "step, and are gone; restore the file, or delete the run folder to begin again"
+            )
+        with undisturbed():
+            self.facts["judge"] = self._load_judge()[1]
+        _free()
+        self._check_facts()
+        if self.task.baseline is None:
+            self._answer(baseline)
+            return
+        rows = [
+            {"prompt": p, "sample": 0, "completion": c, "finish_reason": None, "tokens": None}
+            for p, c in zip(self.task.prompts, self.task.baseline, strict=True)
+        ]
+        self._write(baseline, _as_lines(rows))
+        if not resumed:
+            self.evaluate(0)
+
+    def _check_facts(self) -> None:
+        """Writes down what all evaluations depend on, or compares it with what is there."""
+        path = self.folder / "start.json"
+        (there,) = self._exist(path)
+        if not there:
+            self._write(path, json.dumps(self.facts, indent=2) + "\n")
+            return
+        found = json.loads(path.read_text())
+        different = [name for name, fact in self.facts.items() if found.get(name) != fact]
+        if different:
+            raise PrefoptError(
+                f"{self.folder}: these evaluations were made with other {', '.join(different)}; "
+                "restore what was there, or delete the run folder to begin again"
+            )
+
+    def after(self, done: int) -> bool:
+        """Evaluates where it is due; True where training is to end."""
+        if done % self.task.every:
+            return False
+        self.evaluate(done)
+        self.stopped = self._reason_to_stop(done)
+        if self.stopped is not None:
+            logger.warning("training ends: %s", self.stopped)
+        return self.stopped is not None
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Evaluates the policy that training ended with, and returns all results in order."""
+        done = self._begun()
+        if done != self.last and done:
+            self.evaluate(done)
+        return self._results(done)
+
+    def _begun(self) -> int:
+        """Rounds or epochs so far; the last one may have ended before its time."""
+        trainer = self.trainer
+        if not isinstance(trainer, RoundTrainer):
+            return math.ceil(trainer.state.epoch or 0)
+        folders = (round_folder(trainer.rounds_dir, index) for index in range(len(trainer.plan)))
+        return sum(trainer.is_collected(folder) for folder in folders)
+
+    # --- an evaluation ---------------------------------------------------------------------------
+
+    def evaluate(self, done: int) -> None:
+        """Makes an evaluation, or reads it where it is on disk, and logs it.
+
+        Args:
+            done: Rounds or epochs so far.
+        """
+        begun = time.perf_counter()
+        folder = self.folder / f"{done:04d}"
+        (there,) = self._exist(folder / "result.json")
+        if not there:
+            self._make(done, folder)
+        self.last = done
+        result = json.loads((folder / "result.json").read_text())
+        low, high = result["win_rate_ci"]
+        logger.info(
+            "evaluation after %s %d: win rate %.1f (%.1f to %.1f) over %s",
+            self.unit,
+            done,
+            result["win_rate"],
+            low,
+            high,
+            result["baseline"],
+        )
+        values = {
+            "evaluation/win_rate": result["win_rate"],
+            "evaluation/win_rate_low": low,
+            "evaluation/win_rate_high": high,
+            "evaluation/length": result["mean_length"],
+            "evaluation/baseline_length": result["baseline_mean_length"],
+            "time/evaluation": time.perf_counter() - begun,
+        }
+        Trainer.log(self.trainer, values)  # a subclass's would add averages of the steps so far
+
+    def _make(self, done: int, folder: Path) -> None:
+        texts = self._answer(folder / "answers.jsonl")
+        baseline = [row["completion"] for row in read_lines(self.folder / "baseline.jsonl")]
+        preferences = self._judge(texts, baseline)
+        rows = [
+            {"prompt": index, "preference": None if math.isnan(value) else value}
+            for index, value in enumerate(preferences.tolist())
+        ]
+        result = {
+            "after": done,
+            "unit": self.unit,
+            "step": self.trainer.state.global_step,
+            **head_to_head(preferences, texts, baseline),
+            "judge": self.facts["judge"],
+            "baseline": self.task.baseline_name,
+        }
+        self._write(folder / "preferences.jsonl", _as_lines(rows))
+        self._write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def _answer(self, path: Path) -> list[str]:
+        """The policy's answers, from disk where they are there; each process makes its share."""
+        (there,) = self._exist(path)
+        if not there:
+            own = self._share(len(self.prompt_ids))
+            made: list[Any] = []
+
+            def keep(position: int, completions: list[Any]) -> None:
+                index = own[position]
+                made.append((index, completion_row(self.task.prompts[index], 0, completions[0])))
+                advance(1)
+
+            policy = self._policy()
+            with (
+                undisturbed(),
+                policy.ready(),
+                progress_bar("evaluation: generate", len(own), self._is_main) as advance,
+            ):
+                if own:
+                    asked = [list(self.prompt_ids[index]) for index in own]
+                    policy.engine.generate(asked, self.task.sampling, done=keep)
+            rows = [row for _, row in sorted(gather_object(made), key=lambda each: each[0])]
+            self._write(path, _as_lines(rows))
+        return [row["completion"] for row in read_lines(path)]
+
+    def _policy(self) -> Player:
+        """The policy as it is now: on the engine of the rounds, where there are any."""
+        trainer = self.trainer
+        if isinstance(trainer, RoundTrainer) and hasattr(trainer.engine, "push"):
+            if trainer.ahead is not None:
+                trainer.ahead.wait()  # what is being sampled is another policy's
+            return player(trainer, trainer.engine)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        tokenizer: Any = trainer.processing_class
+        engine = TransformersEngine(model, tokenizer, batch_size=self.task.batch_size)
+        return Player(engine, lambda: live_policy(trainer))
+
+    def _judge(self, texts: Sequence[str], baseline: Sequence[str]) -> FloatArray:
+        """P(the policy's answer beats the baseline's) of each prompt; NaN where an API's judgement
+        could not be read. An API is asked by the main process, another judge by each its share.
+        """
+        try:
+            with undisturbed():
+                return self._judge_with(*self._load_judge(), texts, baseline)
+        finally:
+            _free()
+
+    def _judge_with(
+        self, judge: Judge, record: dict[str, Any], texts: Sequence[str], baseline: Sequence[str]
+    ) -> FloatArray:
+        if record != self.facts["judge"]:
+            raise PrefoptError(
+                f"{self.folder}: found the judge {record}, but earlier evaluations were made with "
+                f"{self.facts['judge']} and would not compare; restore it"
+            )
+        own = self._share(len(texts))
+        if record["kind"] == "api":
+            own = list(range(len(texts))) if self._is_main else []
+        prompts = [self.task.prompts[index] for index in own]
+        a, b = ([side[index] for index in own] for side in (texts, baseline))
+        values = np.asarray(judge.prefer(prompts, a, b) if own else [], dtype=np.float64)
+        if record["kind"] != "api" and not np.isfinite(values).all():
+            raise PrefoptError(
+                f"judge {record}: found a preference that is not finite, expected probabilities; "
+                "look at the judge's weights"
+            )
+        found = sorted(gather_object(list(zip(own, values.tolist(), strict=True))))
+        return np.array([value for _, value in found])
+
+    def _load_judge(self) -> tuple[Judge, dict[str, Any]]:
+        return self.task.judge(self.trainer)
+
+    # --- an early end ----------------------------------------------------------------------------
+
+    def _reason_to_stop(self, done: int) -> str | None:
+        """Why training is to end after an evaluation, as the evaluations on disk say."""
+        limit, results = self.task.stop_on_drop, self._results(done)
+        if limit is None:
+            return None
+        *earlier, now = [(result, self._preferences(result["after"])) for result in results]
+        if self.task.baseline is None:  # over itself the start wins half of the time
+            start = {"after": 0, "win_rate": 50.0}
+            earlier.insert(0, (start, np.full(len(self.prompt_ids), 0.5)))
+        if not earlier:
+            return None
+        best = max(earlier, key=lambda each: each[0]["win_rate"])
+        # by prompt, which leaves out how hard prompts are
+        fall = paired_comparison(best[1], now[1])
+        if fall.difference < limit or fall.p_value >= NOISE:
+            return None
+        return (
+            f"after {self.unit} {done} the win rate is {now[0]['win_rate']:.1f}; on the same "
+            f"prompts it was {fall.difference:.1f} points higher after {self.unit} "
+            f"{best[0]['after']} (p = {fall.p_value:.2g}), and stop_on_drop is {limit:g}"
+        )
+
+    def _results(self, done: int) -> list[dict[str, Any]]:
+        """The results of the evaluations up to a number of rounds or epochs."""
+        found = (json.loads(path.read_text()) for path in self.folder.glob("*/result.json"))
+        return sorted((r for r in found if r["after"] <= done), key=lambda r: r["after"])
+
+    def _preferences(self, done: int) -> FloatArray:
+        rows = read_lines(self.folder / f"{done:04d}" / "preferences.jsonl")
+        return np.array([row["preference"] for row in rows], dtype=np.float64)
+
+    # --- processes -------------------------------------------------------------------------------
+
+    @property
+    def _is_main(self) -> bool:
+        return self.trainer.accelerator.is_main_process
+
+    def _share(self, count: int) -> list[int]:
+        accelerator = self.trainer.accelerator
+        return list(range(accelerator.process_index, count, accelerator.num_processes))
+
+    def _exist(self, *paths: Path) -> list[bool]:
+        """Which files there are, as all processes see it before any writes."""
+        there = [path.exists() for path in paths]
+        self.trainer.accelerator.wait_for_everyone()
+        return there
+
+    def _write(self, path: Path, content: str) -> None:
+        """Writes a file on the main process; it is there for all when this returns."""
+        if self._is_main:
+            atomic_write(path, content)
+        self.trainer.accelerator.wait_for_everyone()
+
+
+class _BeforeTraining(TrainerCallback):
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluation.begin(resumed=state.global_step > 0)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Gives training its random generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _free() -> None:
+    """Gives back the memory of a judge that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _hash(values: Any) -> str:
+    return sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _as_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -122,6 +122,12 @@ def _style_table(category: str, controlled: dict[str, Any]) -> Table:
     table = Table("model", title=f"{category}: at the baseline's style (CI, questions)")
     for control in controlled:
         table.add_column(control, justify="right")
+    slopes = {name: row for part in controlled.values() for name, row in part["slopes"].items()}
+    if unknown := [name for name, row in slopes.items() if row["slope"] is None]:
+        table.caption = (
+            f"no effect of {', '.join(unknown)} can be told: the same in all answers, or it alone "
+            "decides the battles (do not quote these scores then)"
+        )
     rows = [{row["model"]: row for row in part["models"]} for part in controlled.values()]
     for model in rows[0]:
         found = [part[model] for part in rows]

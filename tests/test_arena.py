@@ -235,7 +235,7 @@ def test_length_only_controls_for_length() -> None:
 def test_a_feature_that_never_varies_has_no_slope() -> None:
     battles = [Battle(n, "", "m", [float(n % 3 > 0)], np.zeros(4)) for n in range(30)]
     table = style_table(battles, [0], 3, 0)
-    assert table["slopes"]["length"]["slope"] is None
+    assert table["slopes"]["length"] == {"slope": None, "questions_interval": None}
     assert table["models"][0]["score"] == pytest.approx(100 * 2 / 3, abs=1e-3)
 
 
@@ -385,6 +385,7 @@ def test_the_command(
     assert main(command(files, server.url, out, "--style-control", "--bootstrap", "20")) == 0
     shown = capsys.readouterr().out
     assert "all questions" in shown
+    assert "no effect of length, headers, lists, bold can be told" in " ".join(shown.split())
     result = json.loads((out / "result.json").read_text())
     assert list(result["tables"]) == ["all questions", "x", "y"]
     long, good = result["tables"]["all questions"]["scores"]

@@ -125,7 +125,7 @@ def _style_table(category: str, controlled: dict[str, Any]) -> Table:
     slopes = {name: row for part in controlled.values() for name, row in part["slopes"].items()}
     if unknown := [name for name, row in slopes.items() if row["slope"] is None]:
         table.caption = (
-            f"no effect of {', '.join(unknown)} can be told: the same in all answers, or it alone "
+            f"no effect of {', '.join(unknown)} can be told: the difference never varies, or alone "
             "decides the battles (do not quote these scores then)"
         )
     rows = [{row["model"]: row for row in part["models"]} for part in controlled.values()]

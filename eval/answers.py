@@ -87,7 +87,7 @@ def read_answers(path: str | Path) -> Answers:
         if answer.key in keys:
             raise DataError(where, "prompt", "answered before in this file with the same sample")
         keys.add(answer.key)
-        names[str(row.get("generator") or Path(path).name.split(".")[0])] += 1
+        names[str(row.get("generator") or file_name(path))] += 1
         rows.append(answer)
     if len(names) > 1:
         raise PrefoptError(
@@ -202,6 +202,16 @@ def answers_of(
         for prompt, group in zip(prompts, completions, strict=True)
     ]
     return Answers(name or model_name(model), rows, record)
+
+
+def file_name(path: str | Path) -> str:
+    """What to call the model of a file of answers that names none: the file, without its suffix.
+
+    >>> file_name("answers/Qwen2.5-7B.jsonl.gz")
+    'Qwen2.5-7B'
+    """
+    name = Path(path).name
+    return next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
 
 
 def model_name(model: str) -> str:

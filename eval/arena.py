@@ -24,7 +24,7 @@ from prefopt.eval.arena_scores import (
     style_table,
 )
 from prefopt.eval.judge_prompts import ask, describe_judge, readable, render
-from prefopt.eval.judging import api_of
+from prefopt.eval.judging import api_of, usage_line
 from prefopt.eval.questions import (
     Player,
     Question,
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def print_result(result: dict[str, Any]) -> None:
     """Prints a table for all questions and one for each category."""
-    console = Console()
+    console = Console(markup=False)  # a model may be called [x]
     for category, part in result["tables"].items():
         table = Table("model", title=f"{category}: against {result['baseline']}")
         for column in ("score", "CI, scores", "mean", "CI, questions", "Elo", "dropped"):
@@ -114,6 +114,7 @@ def print_result(result: dict[str, Any]) -> None:
         "scores, as Arena-Hard has it, or over questions, which is the honest one. Elo: the "
         "baseline has 1000; - where a model has won or lost everything."
     )
+    print(usage_line(result["usage"]))
 
 
 def _style_table(category: str, controlled: dict[str, Any]) -> Table:
@@ -121,6 +122,12 @@ def _style_table(category: str, controlled: dict[str, Any]) -> Table:
     table = Table("model", title=f"{category}: at the baseline's style (CI, questions)")
     for control in controlled:
         table.add_column(control, justify="right")
+    slopes = {name: row for part in controlled.values() for name, row in part["slopes"].items()}
+    if unknown := [name for name, row in slopes.items() if row["slope"] is None]:
+        table.caption = (
+            f"no effect of {', '.join(unknown)} can be told: the difference never varies, or alone "
+            "decides the battles (do not quote these scores then)"
+        )
     rows = [{row["model"]: row for row in part["models"]} for part in controlled.values()]
     for model in rows[0]:
         found = [part[model] for part in rows]

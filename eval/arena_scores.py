@@ -222,7 +222,8 @@ def style_table(
 
     Returns:
         ``slopes``: feature -> change in strength for one standard deviation of its difference,
-        with a ``questions_interval``; None where the feature does not vary or decides all battles.
+        with a ``questions_interval``; both None where the feature does not vary or decides all
+        battles.
         ``models``: one row a model, best first, with both scores and for each its
         ``rows_interval`` and ``questions_interval`` (5 to 95 %), in 0-100, and ``elo``. Models
         without a question that counts are left out.
@@ -248,11 +249,13 @@ def style_table(
         for n, row in enumerate(rows):
             row[name] = float(scores[n])
             row[f"{name}_intervals"] = {by: _interval(part[:, n]) for by, part in intervals.items()}
-    slopes = {
+    slopes: dict[str, Any] = {
         FEATURES[column]: {
-            "slope": float(point.slopes[k]) if point.slopes_determined[k] else None,
+            "slope": float(point.slopes[k]),
             "questions_interval": _interval([fit.slopes[k] for fit in drawn["questions"]]),
         }
+        if point.slopes_determined[k]
+        else {"slope": None, "questions_interval": None}
         for k, column in enumerate(columns)
     }
     return {"slopes": slopes, "models": sorted(rows, key=lambda row: -row["score"])}

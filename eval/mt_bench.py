@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from prefopt.errors import PrefoptError
 from prefopt.eval.judge_prompts import ask, describe_judge, readable, render
-from prefopt.eval.judging import api_of
+from prefopt.eval.judging import api_of, usage_line
 from prefopt.eval.mt_bench_answers import answer_both_turns, read_references
 from prefopt.eval.mt_bench_scores import (
     FAILED,
@@ -39,6 +39,7 @@ from prefopt.rounds.storage import atomic_write
 from prefopt.run_folder import environment
 
 TEMPLATES = {"single": "mt_bench_single", "pairwise": "mt_bench_pair"}
+SCORES = {"single": "score", "pairwise": "win_rate_adjusted"}  # mode -> the number that ranks
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ``result.json``.
 
     Raises:
-        PrefoptError: The options or files are wrong, or the API gives up.
+        PrefoptError: The options or files are wrong, the API gives up, or nothing that the judge
+            says can be read.
     """
     pairwise = arguments.mode == "pairwise"
     if pairwise != (arguments.baseline is not None):
@@ -108,6 +110,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         lines, models = _rate(exam, players, arguments.seed)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     atomic_write(out / "judgments.jsonl", text)
+    if all(parts["all"][SCORES[arguments.mode]] is None for parts in models.values()):
+        raise PrefoptError(
+            f"{out / 'judgments.jsonl'}: nothing that the judge says could be read; look there for "
+            "what it has said, and raise --judge-max-tokens if it was cut off"
+        )
     result = {
         "benchmark": "mt-bench",
         "mode": arguments.mode,
@@ -130,7 +137,7 @@ def print_result(result: dict[str, Any]) -> None:
     """Prints one row a model: all turns, each turn, each category."""
     pairwise = result["mode"] == "pairwise"
     title = f"MT-Bench: win rate over {result['baseline']}" if pairwise else "MT-Bench: 1-10"
-    value = "win_rate_adjusted" if pairwise else "score"
+    value = SCORES[result["mode"]]
     table = Table("model", title=title)
     for column in ("all", "95 % CI", "turn 1", "turn 2", "failed"):
         table.add_column(column, justify="right")
@@ -148,13 +155,14 @@ def print_result(result: dict[str, Any]) -> None:
     for name in names:
         scores = (parts["categories"][name][value] for parts in result["models"].values())
         by_category.add_row(name or "no category", *map(_number, scores))
-    console = Console()
+    console = Console(markup=False)  # a model may be called [x]
     console.print(table, by_category)
     if result["judged_without_reference"]:
         console.print(
             f"No reference answers: {', '.join(result['judged_without_reference'])} judged "
             "without; give --references."
         )
+    print(usage_line(result["usage"]))
 
 
 def _number(value: float | None) -> str:
@@ -192,7 +200,7 @@ def _rate(
                 }
             )
         models[player.name] = rating_scores(marks, seed)
-    return lines, _best_first(models, lambda parts: parts["all"]["score"])
+    return lines, _best_first(models, SCORES["single"])
 
 
 def _compare(
@@ -224,7 +232,7 @@ def _compare(
             marks.append(Mark(question.id, question.category, turn, value))
             lines.append(line)
         models[player.name] = comparison_scores(marks)
-    return lines, _best_first(models, lambda parts: parts["all"]["win_rate_adjusted"])
+    return lines, _best_first(models, SCORES["pairwise"])
 
 
 def _comparison(
@@ -254,11 +262,9 @@ def _comparison(
     }
 
 
-def _best_first(
-    models: dict[str, Any], score: Callable[[dict[str, Any]], float | None]
-) -> dict[str, Any]:
+def _best_first(models: dict[str, Any], score: str) -> dict[str, Any]:
     def key(name: str) -> float:
-        value = score(models[name])
+        value = models[name]["all"][score]
         return 0.0 if value is None else -value
 
     return {name: models[name] for name in sorted(models, key=key)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefopt.data.sources import Row, read_rows
 from prefopt.errors import DataError, PrefoptError
-from prefopt.eval.answers import is_answers_file, model_name, read_answers
+from prefopt.eval.answers import file_name, is_answers_file, model_name, read_answers
 
 
 @dataclass(frozen=True)
@@ -150,25 +150,25 @@ def read_player(path: str | Path, questions: Sequence[Question], turns: int) -> 
     rows = list(read_rows(path))
     if not {"messages", "choices"} & rows[0][1].keys():
         return _by_text(path, questions, turns)
+    named = (row.get("model") or row.get("model_id") or file_name(path) for _, row in rows)
+    names = list(dict.fromkeys(map(str, named)))
+    if len(names) > 1:
+        raise PrefoptError(
+            f"{path}: found answers of {len(names)} models ({', '.join(names[:3])}), "
+            "expected those of one; split the file"
+        )
     wanted = {str(question.id) for question in questions}
     found: dict[str, list[str]] = {}
-    names: dict[str, None] = {}
     for where, row in rows:
         id = str(_id(row, where))
-        names[str(row.get("model") or row.get("model_id"))] = None
         if id in found:
             raise DataError(where, "question_id", f"found a second answer to {id}; remove one")
         if id in wanted:
             found[id] = _answer_turns(row, where)
             if len(found[id]) != turns:
                 raise DataError(where, "turns", f"found {len(found[id])}, expected {turns}")
-    if len(names) > 1:
-        raise PrefoptError(
-            f"{path}: found answers of {len(names)} models ({', '.join(list(names)[:3])}), "
-            "expected those of one; split the file"
-        )
     answers = _all(path, questions, [found.get(str(question.id)) for question in questions])
-    return Player(next(iter(names)), str(path), answers)
+    return Player(names[0], str(path), answers)
 
 
 def _by_text(path: str | Path, questions: Sequence[Question], turns: int) -> Player:

@@ -91,7 +91,7 @@ def ties_credits(
     lowest score of a right answer minus the highest of a wrong one, its spread the highest minus
     the lowest of the right ones. With r and t the gaps and s the tied spread, it earns
     0.3 [t > 0] + 0.3 [r > 0] + 0.2 [t > s] + 0.2 [min(r, t) > s] + 0.01 tanh(min(r, t) / s - 1),
-    the last 0 where it is 0 / 0. That is at most 1.01.
+    the last 0 where it is 0 / 0. That is from -0.01 to 1.01.
 
     Args:
         ref: For each question, the scores of right and of wrong answers.
@@ -193,7 +193,7 @@ def uncertainty(values: Mapping[str, FloatArray], weights: Mapping[str, float]) 
     effective number of rows estimated after adding a success and a failure to each subset.
 
     Args:
-        values: Subset -> what its rows earned, in [0, 1] (Ties: up to 1.01), shape [rows].
+        values: Subset -> what its rows earned, in [0, 1] (Ties: -0.01 to 1.01), shape [rows].
         weights: Subset -> weight; they add up to 1.
 
     Returns:
@@ -202,7 +202,7 @@ def uncertainty(values: Mapping[str, FloatArray], weights: Mapping[str, float]) 
     parts = [(weight, values[subset]) for subset, weight in weights.items()]
     variance = padded_variance = padded_mean = mean = 0.0
     for weight, earned in parts:
-        padded = np.append(earned, (0.0, 1.0))
+        padded = np.append(np.clip(earned, 0, 1), (0.0, 1.0))
         variance += (
             weight**2 * float(earned.var(ddof=1)) / len(earned) if len(earned) > 1 else np.nan
         )
@@ -213,5 +213,5 @@ def uncertainty(values: Mapping[str, FloatArray], weights: Mapping[str, float]) 
     low, high = wilson_interval(min(max(mean, 0.0), 1.0), effective)
     return {
         "standard_error": None if math.isnan(variance) else 100 * math.sqrt(variance),
-        "ci": [100 * low, 100 * high],
+        "ci": [100 * min(low, mean), 100 * max(high, mean)],  # of Ties beyond 0 and 1, too
     }

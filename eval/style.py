@@ -17,7 +17,11 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _HEADER = re.compile(r" {0,3}#{1,6}\s+\S", re.MULTILINE)
 _ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])[ \t]+\S")
 _CODE = re.compile(r"`[^`\n]+`")
-_BOLD = re.compile(r"\*\*(?=[^\s*])[^\n]*?(?<=[^\s*])\*\*|(?<!\w)__(?=\S)[^\n]*?(?<=\S)__(?!\w)")
+# at most 500 characters long: without a bound the time grows with the square of a line of "**a **a"
+_BOLD = re.compile(
+    r"\*\*(?=[^\s*])[^\n]{1,500}?(?<=[^\s*])\*\*"
+    r"|(?<!\w)__(?=[^\s_])[^\n]{1,500}?(?<=[^\s_])__(?!\w)"
+)
 
 FEATURES = ("length", "headers", "lists", "bold")
 
@@ -30,7 +34,7 @@ class Style:
         tokens: Words and marks of punctuation; each Chinese or Japanese character is one.
         headers: Markdown headers.
         lists: Items of markdown lists, numbered or not.
-        bold: Stretches of bold text.
+        bold: Stretches of bold text, of at most 500 characters each.
     """
 
     tokens: int

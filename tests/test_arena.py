@@ -158,6 +158,12 @@ def test_markdown_is_counted_outside_fenced_code() -> None:
     assert style_of("```\n# a\n```\n# b").headers == 1
 
 
+def test_bold_text_of_any_kind() -> None:
+    assert style_of("__a__ and **b** but ______ or ** c ** or __d").bold == 2
+    # a loop of a model; 20 times as long as this one it once took half a minute
+    assert style_of("**a " * 5000).bold == 0
+
+
 def test_tokens() -> None:
     assert style_of("Don't stop, 42!").tokens == 7
     assert style_of("你好，世界").tokens == 5
@@ -229,7 +235,7 @@ def test_length_only_controls_for_length() -> None:
 def test_a_feature_that_never_varies_has_no_slope() -> None:
     battles = [Battle(n, "", "m", [float(n % 3 > 0)], np.zeros(4)) for n in range(30)]
     table = style_table(battles, [0], 3, 0)
-    assert table["slopes"]["length"]["slope"] is None
+    assert table["slopes"]["length"] == {"slope": None, "questions_interval": None}
     assert table["models"][0]["score"] == pytest.approx(100 * 2 / 3, abs=1e-3)
 
 
@@ -287,13 +293,21 @@ def test_questions_in_both_formats(tmp_path: Path) -> None:
         (FORMATS["ours"][1:], "1 of 2 questions.*u1"),
         ([*FORMATS["v2"], v2("u1", "again")], "second answer to u1"),
         ([v2("u1", {"text": "a"})], "expected text"),
-        ([v2("u1", "a1"), v2("u2", "a2") | {"model": "cow"}], "2 models"),
+        ([v2("u1", "a1"), v2("u1", "a2") | {"model": "cow"}], "2 models"),
         ([{"question_id": "u1", "model_id": "fish", "choices": []}], "choices"),
     ],
 )
 def test_bad_answers_are_named(rows: list[dict], words: str, tmp_path: Path) -> None:
     with pytest.raises(PrefoptError, match=words):
         read_player(write_lines(tmp_path / "a.jsonl", rows), QUESTIONS, 1)
+
+
+@pytest.mark.parametrize("name", ["v2", "v0.1", "alpaca", "ours"])
+def test_a_file_that_names_no_model_names_it_by_itself(name: str, tmp_path: Path) -> None:
+    unnamed = {"model", "model_id", "generator"}
+    rows = [{k: v for k, v in row.items() if k not in unnamed} for row in FORMATS[name]]
+    path = write_lines(tmp_path / "Cod-2.5-7B.jsonl", rows)
+    assert read_player(path, QUESTIONS, 1).name == "Cod-2.5-7B"
 
 
 # the judge's prompt
@@ -371,6 +385,7 @@ def test_the_command(
     assert main(command(files, server.url, out, "--style-control", "--bootstrap", "20")) == 0
     shown = capsys.readouterr().out
     assert "all questions" in shown
+    assert "no effect of length, headers, lists, bold can be told" in " ".join(shown.split())
     result = json.loads((out / "result.json").read_text())
     assert list(result["tables"]) == ["all questions", "x", "y"]
     long, good = result["tables"]["all questions"]["scores"]
@@ -430,6 +445,24 @@ def test_one_clear_line_for_what_is_wrong(
     assert "no question has a verdict" in capsys.readouterr().err
     assert main(command(files | {"good": files["base"]}, server.url, tmp_path / "out")) == 2
     assert "second model named 'base'" in capsys.readouterr().err
+
+
+def test_odd_names_and_texts(
+    files: dict[str, Path],
+    server: FakeChatAPI,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.reply = lambda body: ("\ud800 is half a sign. [[A=B]]", None)
+    rows = [json.loads(line) for line in files["good"].read_text().splitlines()]
+    rows[0]["messages"][0]["content"] = "\udfff {% raw %}"
+    write_lines(files["good"], [row | {"model": "[/red] fish"} for row in rows])
+    assert main(command(files, server.url, tmp_path / "out", "--style-control")) == 0
+    shown = capsys.readouterr().out
+    assert "[/red] fish" in shown
+    assert "judge: 15 requests asked" in shown
+    line = json.loads((tmp_path / "out" / "judgments.jsonl").read_text().splitlines()[0])
+    assert line["games"][0]["judgment"]["answer"].startswith("\ud800 is half")
 
 
 def test_a_verdict_in_an_answer_that_was_cut_off_does_not_count(

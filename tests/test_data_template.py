@@ -336,6 +336,11 @@ def test_errors_name_the_tokenizer_and_the_roles() -> None:
         encode_prompt(tokenizer, messages)
 
 
+def test_half_a_character_is_an_error_that_shows_where() -> None:
+    with pytest.raises(PrefoptError, match=r"half of a character, '\\ud83d', after 'fish '"):
+        encode_prompt(byte_tokenizer(), "fish \ud83d")
+
+
 def test_plain_prompt_with_messages_as_answer_is_an_error() -> None:
     with pytest.raises(PrefoptError, match="a plain prompt has messages as its answer"):
         encode_completion(byte_tokenizer(), Q, [{"role": "assistant", "content": A}])

@@ -321,6 +321,22 @@ def test_pairwise_mode_and_a_run_that_broke_off(
     assert winners[-1] == ("error", "error")
 
 
+@pytest.mark.parametrize("mode", ["single", "pairwise"])
+def test_a_judge_that_says_nothing_that_can_be_read(
+    mode: str,
+    files: dict[str, Path],
+    server: FakeChatAPI,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.reply = lambda body: ("no idea", None)
+    more = ["--mode", mode, *(["--baseline", files["cow"]] if mode == "pairwise" else [])]
+    assert main(command(files, server.url, tmp_path / "out", files["fish"], *more)) == 2
+    assert "nothing that the judge says could be read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert "no idea" in (tmp_path / "out" / "judgments.jsonl").read_text()
+
+
 def test_one_clear_line_for_what_is_wrong(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

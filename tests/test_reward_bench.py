@@ -158,6 +158,12 @@ def test_of_one_subset_it_is_that_of_a_win_rate() -> None:
     assert uncertainty({"a": np.ones(1)}, {"a": 1.0})["standard_error"] is None
 
 
+@pytest.mark.parametrize("earned", [-0.01, 1.01])
+def test_the_best_and_the_worst_of_ties_have_an_interval(earned: float) -> None:
+    low, high = uncertainty({"Ties": np.full(500, earned)}, {"Ties": 1.0})["ci"]
+    assert low <= 100 * earned <= high
+
+
 def test_standard_errors_and_intervals_hold() -> None:
     """Against the spread of the score itself, drawn anew 400 times."""
     draw = np.random.default_rng(2)

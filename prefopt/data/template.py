@@ -7,6 +7,7 @@ on the answer, and prompt and answer together are what the model reads when it g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _QUESTION = {"role": "user", "content": "Is this a probe?"}
 _PROBE = "Yes-it-is-a-probe"
 _ANSWER = {"role": "assistant", "content": _PROBE}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +398,12 @@ def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    for text in texts:
+        if surrogate := _SURROGATE.search(text):  # tokenizers say only that it is no text
+            raise PrefoptError(
+                f"a text to tokenise has half of a character, {surrogate[0]!r}, after "
+                f"{text[: surrogate.start()][-40:]!r}; expected Unicode; repair or drop the row"
+            )
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]

@@ -33,11 +33,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader finds the old content or the new, never a part."""
+    """Writes a file so that a reader finds the old content or the new, never a part.
+
+    A lone surrogate, which UTF-8 has no bytes for, is written as JSON escapes it.
+    """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content)
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)

@@ -28,7 +28,8 @@ COLUMNS = (
 )
 HOW_TO_GET = {
     "win_rate": "no evaluation: train with an `eval` section in the recipe",
-    "kl": "no KL was logged: algorithms that sample log it, pair rounds from the second round on",
+    "kl": "evaluations measure it (an `eval` section in the recipe), but not where whole weights are "
+    "in shards, nor of sft",
     "seconds": "no summary.json: the run is not finished; the same `prefopt train` goes on with it",
 }
 

@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from prefopt.data.rows import Prompt
 from prefopt.data.template import check_tokenizer
 from prefopt.data.tokenize import Ragged, tokenize_prompts
+from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.eval.head_to_head import head_to_head
 from prefopt.eval.paired import paired_comparison
 from prefopt.eval.win_rate import FloatArray
+from prefopt.evaluation_kl import KL_PROMPTS, kl_from_start, measures_kl
 from prefopt.generate import completion_row
 from prefopt.judge import Judge
 from prefopt.models.forward import unwrap_peft
-from prefopt.rollout.engine import SamplingSettings, check_prompts
+from prefopt.rollout.engine import Completion, SamplingSettings, check_prompts
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.sampling import Player
 from prefopt.rounds.storage import atomic_write, remove_partial
@@ -67,6 +69,7 @@ class EvaluationTask:
         baseline_name: Where ``baseline`` comes from.
         stop_on_drop: Training ends where the win rate is so many points below its best so far, the
             start's included, and `paired_comparison` says that the fall is no noise.
+        load_start: Loads the policy that training begins with; with it, the KL from it is measured.
         batch_size: Answers generated at a time.
     """
 
@@ -77,6 +80,7 @@ class EvaluationTask:
     baseline: Sequence[str] | None = None
     baseline_name: str = "start"
     stop_on_drop: float | None = None
+    load_start: Callable[[], PreTrainedModel] | None = None
     batch_size: int = 64
 
 
@@ -237,10 +241,14 @@ class Evaluation:
             "evaluation/baseline_length": result["baseline_mean_length"],
             "time/evaluation": time.perf_counter() - begun,
         }
+        if "kl" in result:
+            values["evaluation/kl"] = result["kl"]
         Trainer.log(self.trainer, values)  # a subclass's would add averages of the steps so far
 
     def _make(self, done: int, folder: Path) -> None:
-        texts = self._answer(folder / "answers.jsonl")
+        measured = self.task.load_start is not None and measures_kl(self.trainer)
+        samples = folder / "samples.jsonl" if measured else None
+        texts = self._answer(folder / "answers.jsonl", samples)
         baseline = [row["completion"] for row in read_lines(self.folder / "baseline.jsonl")]
         preferences = self._judge(texts, baseline)
         rows = [
@@ -252,36 +260,67 @@ class Evaluation:
             "unit": self.unit,
             "step": self.trainer.state.global_step,
             **head_to_head(preferences, texts, baseline),
+            **({} if samples is None else self._kl(samples, folder / "log_probs")),
             "judge": self.facts["judge"],
             "baseline": self.task.baseline_name,
         }
         self._write(folder / "preferences.jsonl", _as_lines(rows))
         self._write(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
-    def _answer(self, path: Path) -> list[str]:
-        """The policy's answers, from disk where they are there; each process makes its share."""
-        (there,) = self._exist(path)
-        if not there:
-            own = self._share(len(self.prompt_ids))
-            made: list[Any] = []
+    def _answer(self, path: Path, samples: Path | None = None) -> list[str]:
+        """The policy's answers, from disk where they are there; each process makes its share.
 
-            def keep(position: int, completions: list[Any]) -> None:
-                index = own[position]
-                made.append((index, completion_row(self.task.prompts[index], 0, completions[0])))
-                advance(1)
-
-            policy = self._policy()
-            with (
-                undisturbed(),
-                policy.ready(),
-                progress_bar("evaluation: generate", len(own), self._is_main) as advance,
-            ):
-                if own:
-                    asked = [list(self.prompt_ids[index]) for index in own]
-                    policy.engine.generate(asked, self.task.sampling, done=keep)
-            rows = [row for _, row in sorted(gather_object(made), key=lambda each: each[0])]
-            self._write(path, _as_lines(rows))
+        Args:
+            path: Where they are kept.
+            samples: Where samples for an estimate of KL are kept, if they are wanted.
+        """
+        if not all(self._exist(*filter(None, (path, samples)))):
+            count, whole = len(self.prompt_ids), replace(self.task.sampling, temperature=1.0)
+            asked = [(index, self.task.sampling) for index in range(count)]
+            if samples is not None:
+                asked += [(index, whole) for index in range(min(count, KL_PROMPTS))]
+            made = self._generate(asked)
+            if samples is not None:
+                drawn = enumerate(made[count:])
+                self._write(
+                    samples, _as_lines([{"prompt": n, "token_ids": c.token_ids} for n, c in drawn])
+                )
+            pairs = zip(self.task.prompts, made[:count], strict=True)
+            self._write(path, _as_lines([completion_row(p, 0, c) for p, c in pairs]))
         return [row["completion"] for row in read_lines(path)]
+
+    def _generate(self, asked: Sequence[tuple[int, SamplingSettings]]) -> list[Completion]:
+        """One completion for each (prompt, settings), on all processes."""
+        own = self._share(len(asked))
+        made: list[tuple[int, Completion]] = []
+
+        def keep(position: int, completions: list[Completion]) -> None:
+            made.append((own[position], completions[0]))
+            advance(1)
+
+        policy = self._policy()
+        with (
+            undisturbed(),
+            policy.ready(),
+            progress_bar("evaluation: generate", len(own), self._is_main) as advance,
+        ):
+            if own:
+                prompts = [list(self.prompt_ids[asked[number][0]]) for number in own]
+                policy.engine.generate(prompts, [asked[number][1] for number in own], done=keep)
+        return [each for _, each in sorted(gather_object(made), key=lambda pair: pair[0])]
+
+    def _kl(self, samples: Path, folder: Path) -> dict[str, float | None]:
+        """The KL of the policy from the start, of the samples in a file."""
+        assert self.task.load_start is not None
+        trees = [
+            PromptTree(list(self.prompt_ids[row["prompt"]]), [row["token_ids"]])
+            for row in read_lines(samples)
+        ]
+        try:
+            with undisturbed():
+                return kl_from_start(self.trainer, trees, folder, self.task.load_start)
+        finally:
+            _free()
 
     def _policy(self) -> Player:
         """The policy as it is now: on the engine of the rounds, where there are any."""

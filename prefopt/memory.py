@@ -42,7 +42,12 @@ GIB = 2**30
 RESERVE = 0.1  # of a device, for what is not counted: CUDA's context, gaps in the allocator, NCCL
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 # these share the device one after another; everything else is there all the time
-IN_TURN = (("activations", "logits"), ("sampling",), ("judge of evaluations",))
+IN_TURN = (
+    ("activations", "logits"),
+    ("sampling",),
+    ("judge of evaluations",),
+    ("start in evaluations",),
+)
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,9 @@ def _parts(
         activations -= step["keep_gradients"] * 4 * sizes.trained
     notes: list[str] = []
     parts |= _judges_bytes(recipe, args, machine, notes)
+    plain = lora is None and spread.strategy == "ddp"
+    if recipe.eval is not None and plain and recipe.trainer.algorithm not in (*NO_POLICY, "sft"):
+        parts["start in evaluations"] = counts.total * dtype.itemsize  # for the KL from it
     tokens = sum(len(ids) for tree in trees for ids in tree.completions)
     vocabulary = 0 if classifier else config.get_text_config().vocab_size
     # the step was taken with the chunks of a CPU

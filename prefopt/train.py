@@ -7,7 +7,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -470,7 +470,8 @@ def make_trainer(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if task is not None:
-        Evaluation(trainer, task, folder / "evaluations", weights)
+        start = partial(_load_model, recipe, tokenizer, recipe.model.quantization)
+        Evaluation(trainer, replace(task, load_start=start), folder / "evaluations", weights)
     return trainer
 
 

@@ -28,8 +28,8 @@ COLUMNS = (
 )
 HOW_TO_GET = {
     "win_rate": "no evaluation: train with an `eval` section in the recipe",
-    "kl": "evaluations measure it (an `eval` section in the recipe), but not of sft, nor where whole "
-    "weights are in shards",
+    "kl": "evaluations measure it (an `eval` section in the recipe), but not of sft, nor where "
+    "whole weights are in shards",
     "seconds": "no summary.json: the run is not finished; the same `prefopt train` goes on with it",
 }
 

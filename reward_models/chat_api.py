@@ -260,8 +260,9 @@ class ChatAPI:
             self._count(answer)
             put((key, answer))
 
+        client = self._client()
         try:
-            async with self._client() as client, asyncio.TaskGroup() as group:
+            async with client, asyncio.TaskGroup() as group:
                 for key, request in missing.items():
                     group.create_task(ask(key, request))
         except ExceptionGroup as errors:
@@ -270,12 +271,22 @@ class ChatAPI:
             raise PrefoptError(self._report(failures, missing))
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            headers=self._key.headers(),
-            timeout=None,  # ``_post`` has one for the whole of a request
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
-            trust_env=self._host not in _LOOPBACK,  # never to this machine through a proxy
-        )
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
+        try:
+            return httpx.AsyncClient(
+                headers=self._key.headers(),
+                timeout=None,  # ``_post`` has one for the whole of a request
+                limits=limits,
+                trust_env=self._host not in _LOOPBACK,  # never to this machine through a proxy
+            )
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            # the message of a bad proxy address may hold its password
+            raise PrefoptError(
+                f"{self.model} at {self.base_url}: {type(error).__name__} from the settings of "
+                "proxies or certificates in the environment; expected addresses like "
+                "http://proxy:3128 in HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (socks5:// needs `pip "
+                "install httpx[socks]`), and a file that is there in SSL_CERT_FILE"
+            ) from None
 
     async def _respond(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
         def note(state: RetryCallState) -> None:
@@ -353,14 +364,15 @@ def _checked_url(base_url: str) -> str:
     expected = "expected one like https://api.openai.com/v1 or http://127.0.0.1:8000/v1"
     try:
         url = httpx.URL(base_url)
-    except httpx.InvalidURL:
+        host, port = url.host, url.port or 0
+    except (httpx.InvalidURL, UnicodeError):  # the latter of names that are no IDNA
         raise PrefoptError(f"chat API: base_url is no address; {expected}") from None
     if "@" in base_url or url.query or url.fragment:  # it would stand in files and logs
         raise PrefoptError(
             f"chat API: base_url has a name, password or query in it; {expected}, and the key in "
             "an environment variable"
         )
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not host or port > 65535:
         raise PrefoptError(f"chat API: base_url {base_url!r} is no address; {expected}")
     return base_url.rstrip("/")
 

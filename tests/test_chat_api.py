@@ -8,7 +8,9 @@ import logging
 import math
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -461,6 +463,8 @@ def test_a_server_without_a_key(
         "http://127.0.0.1/v1?key=hunter2",
         "127.0.0.1:8000/v1",
         "ftp://127.0.0.1/v1",
+        "http://127.0.0.1:99999/v1",
+        "http://xn--/v1",
         "http://",
     ],
 )
@@ -479,3 +483,41 @@ def test_bad_numbers(make: Callable[..., ChatAPI]) -> None:
 def test_nothing_to_ask(server: FakeChatAPI, make: Callable[..., ChatAPI]) -> None:
     assert make().ask([]) == []
     assert not server.bodies
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1"),
+        ("HTTP_PROXY", "hunter2://x:hunter2@y"),
+        ("HTTP_PROXY", "http://[::1"),
+        ("SSL_CERT_FILE", "/no/such/file.pem"),
+    ],
+)
+def test_bad_settings_of_proxies_and_certificates(
+    make: Callable[..., ChatAPI], monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(PrefoptError, match="settings of proxies or certificates") as failure:
+        make(base_url="http://192.0.2.1/v1", attempts=1).ask(questions(1))
+    assert "hunter2" not in str(failure.value)
+
+
+def test_a_full_disk_leaves_whole_lines(
+    server: FakeChatAPI, make: Callable[..., ChatAPI], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache.jsonl"
+    make().ask(questions(3))
+    whole, limits = cache.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the kernel takes a part of what goes beyond the limit, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, limits[1]))
+    try:
+        with pytest.raises(PrefoptError, match=r"cache.jsonl: an answer cannot be written"):
+            make().ask(questions(6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert cache.read_bytes() == whole
+    api = make()
+    assert len(api.ask(questions(6))) == 6
+    assert (api.usage.cached, len(lines(cache))) == (3, 6)

@@ -318,10 +318,12 @@ def test_missing_and_unknown_instructions() -> None:
         ([{"instruction": "a"}], "found None, expected text"),
         ([{"instruction": "a", "output": "b", "generator": g} for g in "xy"], "2 generators"),
         ([{"prompt": "a", "completion": "b"}] * 2, "answered before"),
+        ([{"prompt": "a", "completion": "b", "sample": [1]}], r"found \[1\], expected a whole"),
+        ([{"instruction": "a", "output": "b \ud83d"}], r"'output': found '\\ud83d', half of a"),
     ],
 )
 def test_files_of_answers_that_are_none(
-    rows: list[dict[str, str]], words: str, tmp_path: Path
+    rows: list[dict[str, Any]], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "answers.json"
     path.write_text(json.dumps(rows))

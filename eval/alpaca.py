@@ -33,11 +33,11 @@ from prefopt.eval.answers import (
     read_answers,
     write_model_outputs,
 )
-from prefopt.eval.judging import judge_of, judge_pairs, usage_line
+from prefopt.eval.judging import api_of, judge_of, judge_pairs, usage_line
 from prefopt.eval.leaderboard import leaderboard, write_leaderboard
 from prefopt.eval.leaderboard_command import difficulty_of
 from prefopt.eval.length_control import bootstrap_length_controlled, length_controlled_win_rate
-from prefopt.eval.length_design import win_probabilities
+from prefopt.eval.length_design import gamed_rows, win_probabilities
 from prefopt.eval.paired import paired_comparison
 from prefopt.eval.win_rate import win_rate
 from prefopt.reward_models.api_judge import ApiJudge
@@ -69,10 +69,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         PrefoptError: A file, the model or the judge is not what it should be.
     """
     whole = read_answers(arguments.baseline)
+    instructions = [instruction_of(row.prompt) for row in whole.rows]
     reference = Answers(whole.name, whole.rows[: arguments.limit])
     found = is_answers_file(arguments.model) and read_answers(arguments.model)
     name = arguments.name or (found.name if found else model_name(arguments.model))
     folder = Path(arguments.out or f"runs/alpaca/{name.replace('/', '--')}")
+    _check(arguments, folder, instructions, whole.name)
     answers = found or answers_of(
         arguments.model,
         [row.prompt for row in reference.rows],
@@ -93,7 +95,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     named = Answers(name, pairs.model, answers.decoding)
     write_model_outputs(folder / "model_outputs.json", named)
     write_annotations(folder / "annotations.json", pairs, preferences, name, reference.name, record)
-    instructions = [instruction_of(row.prompt) for row in whole.rows]
     result = _measures(folder, instructions, arguments)
     if isinstance(judge, ApiJudge):
         result["usage"] = asdict(judge.api.usage)
@@ -113,6 +114,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     atomic_write(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
+
+
+def _check(
+    arguments: argparse.Namespace, folder: Path, instructions: list[str], baseline: str
+) -> None:
+    """Finds what would otherwise end the command once models and judge have answered.
+
+    Raises:
+        PrefoptError: The API's options, or a file that the measures need, is wrong.
+    """
+    if arguments.judge_kind == "api":
+        api_of(arguments, folder)
+    difficulty = difficulty_of(arguments, instructions[: arguments.limit], instructions)
+    gamed_rows(arguments.gamed, difficulty is not None)
+    for path in arguments.compare:
+        _read_other(path, baseline)
 
 
 def pair_up(model: Answers, baseline: Answers, limit: int | None = None) -> Pairs:
@@ -184,7 +201,7 @@ def write_annotations(
 def _measures(folder: Path, reference: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """All numbers of a folder's annotations, and its ``leaderboard.csv``."""
     judged = read_annotations(folder / "annotations.json")
-    difficulty = difficulty_of(arguments, judged, reference)
+    difficulty = difficulty_of(arguments, judged.instructions, reference)
     given: dict[str, Any] = {"instruction_difficulty": difficulty, "gamed": arguments.gamed}
     columns = (judged.preferences, judged.model_lengths, judged.baseline_lengths)
     rate = length_controlled_win_rate(*columns, C=arguments.C, **given)
@@ -225,14 +242,19 @@ def compare_annotations(judged: Annotations, path: str) -> dict[str, Any]:
     Raises:
         PrefoptError: The file cannot be read, or is against another baseline.
     """
-    other = read_annotations(path)
-    if other.baseline != judged.baseline:
-        raise PrefoptError(
-            f"{path}: found the baseline {other.baseline!r}, expected {judged.baseline!r}: win "
-            "rates over different baselines cannot be compared"
-        )
+    other = _read_other(path, judged.baseline)
     compared = paired_comparison(_by_instruction(judged), _by_instruction(other))
     return {"model": other.model, "file": path, **asdict(compared)}
+
+
+def _read_other(path: str, baseline: str) -> Annotations:
+    other = read_annotations(path)
+    if other.baseline != baseline:
+        raise PrefoptError(
+            f"{path}: found the baseline {other.baseline!r}, expected {baseline!r}: win rates over "
+            "different baselines cannot be compared"
+        )
+    return other
 
 
 def _by_instruction(judged: Annotations) -> dict[Hashable, float]:

@@ -298,6 +298,37 @@ def test_comparison_with_other_annotations(
     assert 0 < compared["p_value"] <= 1
 
 
+def test_errors_come_before_the_answers(
+    world: WorldPaths,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, baseline = (outputs(tmp_path / f"{name}.json", name, 4) for name in ("new", "old"))
+    (tmp_path / "d.csv").write_text("index,instruction_difficulty\n0,0.5\n")
+    row = dict.fromkeys(("instruction", "output_1", "output_2", "generator_1", "generator_2"), "x")
+    (tmp_path / "x.json").write_text(json.dumps([row | {"preference": 1}]))
+    out = ("--out", tmp_path / "out")
+    with serving() as server:
+        command = ("eval", "alpaca", model, "--baseline", baseline, *api_options(server), *out)
+        for options, words in (
+            (("--difficulty", tmp_path / "none.csv"), "none.csv: cannot be read"),
+            (("--difficulty", tmp_path / "d.csv"), "1 difficulties for 30 reference"),
+            (("--difficulty-by-position",), "expected a file with --difficulty"),
+            (("--gamed", tmp_path / "d.csv"), "no such column, nor 'preference_recon"),
+            (("--compare", tmp_path / "x.json"), "found the baseline 'x', expected 'old'"),
+        ):
+            assert words in error_of(capsys, *command, *options)
+        assert not server.bodies
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    without_key = ("--judge", "gpt", "--judge-kind", "api", *out)
+    alpaca = ("eval", "alpaca", world.base, "--baseline", baseline, *without_key)
+    win_rate = ("eval", "win-rate", world.base, world.base, "--prompts", world.prompts)
+    for command in (alpaca, (*win_rate, *without_key)):
+        assert "OPENAI_API_KEY is not set" in error_of(capsys, *command)
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_and_unknown_instructions() -> None:
     def answers(name: str, prompts: list[str]) -> Answers:
         return Answers(name, [Answer(prompt, 0, "text") for prompt in prompts])

@@ -135,13 +135,14 @@ def _check(
 def pair_up(model: Answers, baseline: Answers, limit: int | None = None) -> Pairs:
     """Puts a model's answers beside the baseline's, in the baseline's order.
 
-    Instructions that the model has not answered are left out, and said.
+    An instruction as text and as one user's message are the same. Instructions that the model has
+    not answered are left out, and said.
 
     Raises:
         PrefoptError: The model answers what the baseline does not, or nothing of it.
     """
-    ours, theirs = model.by_key(), baseline.by_key()
-    index = [i for i, row in enumerate(baseline.rows) if row.key in ours]
+    ours, theirs = ({_key(row): row for row in side.rows} for side in (model, baseline))
+    index = [i for i, row in enumerate(baseline.rows) if _key(row) in ours]
     unknown = [key for key in ours if key not in theirs]
     if not index or (unknown and limit is None):
         raise PrefoptError(
@@ -154,9 +155,13 @@ def pair_up(model: Answers, baseline: Answers, limit: int | None = None) -> Pair
         logger.warning("the %d others are left out of all numbers", missing)
     return Pairs(
         index,
-        [ours[baseline.rows[i].key] for i in index],
+        [ours[_key(baseline.rows[i])] for i in index],
         [baseline.rows[i] for i in index],
     )
+
+
+def _key(row: Answer) -> tuple[str, int]:
+    return instruction_of(row.prompt), row.sample
 
 
 def write_annotations(

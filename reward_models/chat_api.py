@@ -40,6 +40,7 @@ from prefopt.reward_models.chat_response import (
 logger = logging.getLogger(__name__)
 
 _OPENAI = "api.openai.com"
+_KEY_VARIABLE = "OPENAI_API_KEY"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the last one
 _LONG_WAIT = 10.0  # seconds from which on a wait is told of
@@ -101,8 +102,8 @@ class ChatAPI:
     Args:
         model: The model's name at the server.
         base_url: Where ``/chat/completions`` stands, such as ``http://127.0.0.1:8000/v1``.
-        key_variable: The environment variable that holds the API key. Where it is not set no key is
-            sent, which is an error for OpenAI only.
+        key_variable: The environment variable that holds the API key. Where the default one is not
+            set no key is sent, which is an error for OpenAI only.
         cache: A JSONL file of answers, made where there is none. Requests that it holds are not
             asked again. One process at a time may ask through it.
         concurrency: Most requests in flight.
@@ -123,7 +124,7 @@ class ChatAPI:
         model: str,
         *,
         base_url: str = f"https://{_OPENAI}/v1",
-        key_variable: str = "OPENAI_API_KEY",
+        key_variable: str = _KEY_VARIABLE,
         cache: Path,
         concurrency: int = 16,
         timeout: float = 120.0,
@@ -142,9 +143,11 @@ class ChatAPI:
         self._host = httpx.URL(self.base_url).host
         self._cache = ChatCache(Path(cache))
         self._key = ApiKey(key_variable)
-        if not self._key and self._host == _OPENAI:
+        if not self._key and (self._host == _OPENAI or key_variable != _KEY_VARIABLE):
+            # what is not in capitals may be the key itself
+            name = key_variable if key_variable.isupper() else "that key_variable names"
             raise PrefoptError(
-                f"{model} at {self.base_url}: the environment variable {key_variable} is not set; "
+                f"{model} at {self.base_url}: the environment variable {name} is not set; "
                 "expected the API key in it"
             )
 

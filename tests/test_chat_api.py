@@ -447,8 +447,14 @@ def test_a_server_without_a_key(
     server.manners = always("401")
     with pytest.raises(PrefoptError, match="no key was sent: the environment variable OPENAI_API_"):
         make().ask(questions(2))
+    with pytest.raises(PrefoptError, match="variable OPENAI_API_KEY is not set; expected the API"):
+        ChatAPI("gpt", cache=Path("unused"))
     with pytest.raises(PrefoptError, match="variable MY_KEY is not set; expected the API key"):
-        ChatAPI("gpt", key_variable="MY_KEY", cache=Path("unused"))
+        make(key_variable="MY_KEY")
+    for key in (KEY, "gsk_" + KEY[8:]):  # the key where its variable's name belongs
+        with pytest.raises(PrefoptError, match="key_variable") as failure:
+            make(key_variable=key)
+        assert KEY[8:] not in str(failure.value)
     monkeypatch.setenv("MY_KEY", "two words")
     with pytest.raises(PrefoptError, match="MY_KEY holds spaces") as failure:
         ChatAPI("gpt", key_variable="MY_KEY", cache=Path("unused"))

@@ -330,7 +330,7 @@ def test_errors_come_before_the_answers(
 
 
 def test_missing_and_unknown_instructions() -> None:
-    def answers(name: str, prompts: list[str]) -> Answers:
+    def answers(name: str, prompts: list[Any]) -> Answers:
         return Answers(name, [Answer(prompt, 0, "text") for prompt in prompts])
 
     pairs = pair_up(answers("m", ["c", "a"]), answers("b", ["a", "b", "c"]))
@@ -339,6 +339,8 @@ def test_missing_and_unknown_instructions() -> None:
     with pytest.raises(PrefoptError, match=r"1 of 2 answers .* word for word"):
         pair_up(answers("m", ["a", "d"]), answers("b", ["a", "b", "c"]))
     assert pair_up(answers("m", ["a", "d"]), answers("b", ["a"]), limit=1).index == [0]
+    messages = [[{"role": "user", "content": text}] for text in "ab"]
+    assert pair_up(answers("m", ["b"]), answers("b", messages)).index == [1]
     with pytest.raises(PrefoptError, match="2 of 2"):
         pair_up(answers("m", ["x", "d"]), answers("b", ["a"]), limit=1)
 

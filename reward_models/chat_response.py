@@ -119,6 +119,8 @@ def read_answer(body: Any) -> ChatAnswer:
         raise FailedAttemptError("an answer of another form", passing=True) from None
     if not isinstance(text, str):
         raise FailedAttemptError("an answer without content", passing=True)
+    # JSON can hold half of a character, which no file can: an answer may have been cut there
+    text = text.encode(errors="replace").decode()
     return ChatAnswer(text, log_probs, prompt_tokens, completion_tokens, reason)
 
 

@@ -22,6 +22,7 @@ import pytest
 from fake_chat_api import FakeChatAPI, always, content_of, serving, troubled
 
 from prefopt.errors import PrefoptError
+from prefopt.eval.judging import usage_line
 from prefopt.reward_models import chat_api, chat_response
 from prefopt.reward_models.chat_api import ChatAPI, ChatRequest
 
@@ -372,6 +373,11 @@ def test_tokens_that_read_the_same_add_up() -> None:
     assert answer.top_log_probs == pytest.approx({"?": math.log(0.75)})
 
 
+def test_half_a_character_can_be_written() -> None:
+    choice = {"message": {"content": "cut \ud83d"}, "finish_reason": "length"}
+    assert chat_response.read_answer({"choices": [choice]}).text == "cut ?"
+
+
 def test_cost(server: FakeChatAPI, make: Callable[..., ChatAPI]) -> None:
     server.reply = lambda body: ("three little words", None)
     api = make(price=(10.0, 30.0))
@@ -382,6 +388,9 @@ def test_cost(server: FakeChatAPI, make: Callable[..., ChatAPI]) -> None:
     again.ask(questions(4, top_logprobs=0))
     assert (again.usage.cost, again.usage.cached_completion_tokens) == (0.0, 12)
     assert make().usage.cost is None
+    assert "(" not in usage_line(vars(api.usage))
+    line = usage_line(vars(api.usage) | {"uncounted": 2})
+    assert line.endswith("(2 answers came without their number of tokens); 0.00 dollars")
 
 
 def test_asks_inside_a_running_event_loop(make: Callable[..., ChatAPI]) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefopt.errors import PrefoptError
-from prefopt.eval.annotations import Annotations, read_annotations
+from prefopt.eval.annotations import Annotations, read_annotations, warn_of_judges
 from prefopt.eval.answers import (
     Answer,
     Answers,
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     found = is_answers_file(arguments.model) and read_answers(arguments.model)
     name = arguments.name or (found.name if found else model_name(arguments.model))
     folder = Path(arguments.out or f"runs/alpaca/{name.replace('/', '--')}")
-    _check(arguments, folder, instructions, whole.name)
+    others = _prepare(arguments, folder, instructions, whole.name)
     answers = found or answers_of(
         arguments.model,
         [row.prompt for row in reference.rows],
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     named = Answers(name, pairs.model, answers.decoding)
     write_model_outputs(folder / "model_outputs.json", named)
     write_annotations(folder / "annotations.json", pairs, preferences, name, reference.name, record)
-    result = _measures(folder, instructions, arguments)
+    result = _measures(folder, instructions, others, arguments)
     if isinstance(judge, ApiJudge):
         result["usage"] = asdict(judge.api.usage)
     result |= {
@@ -116,20 +116,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _check(
+def _prepare(
     arguments: argparse.Namespace, folder: Path, instructions: list[str], baseline: str
-) -> None:
-    """Finds what would otherwise end the command once models and judge have answered.
+) -> dict[str, Annotations]:
+    """The files of ``--compare``, read before this command writes its own.
 
     Raises:
-        PrefoptError: The API's options, or a file that the measures need, is wrong.
+        PrefoptError: One is against another baseline; or the API's options, or another file that
+            the measures need, is wrong, which should end the command before anything is asked.
     """
     if arguments.judge_kind == "api":
         api_of(arguments, folder)
     difficulty = difficulty_of(arguments, instructions[: arguments.limit], instructions)
     gamed_rows(arguments.gamed, difficulty is not None)
-    for path in arguments.compare:
-        _read_other(path, baseline)
+    others = {path: read_annotations(path) for path in arguments.compare}
+    for path, other in others.items():
+        if other.baseline != baseline:
+            raise PrefoptError(
+                f"{path}: found the baseline {other.baseline!r}, expected {baseline!r}: win rates "
+                "over different baselines cannot be compared"
+            )
+    return others
 
 
 def pair_up(model: Answers, baseline: Answers, limit: int | None = None) -> Pairs:
@@ -203,9 +210,15 @@ def write_annotations(
     atomic_write(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
 
 
-def _measures(folder: Path, reference: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def _measures(
+    folder: Path,
+    reference: list[str],
+    others: dict[str, Annotations],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
     """All numbers of a folder's annotations, and its ``leaderboard.csv``."""
     judged = read_annotations(folder / "annotations.json")
+    warn_of_judges([judged, *others.values()])
     difficulty = difficulty_of(arguments, judged.instructions, reference)
     given: dict[str, Any] = {"instruction_difficulty": difficulty, "gamed": arguments.gamed}
     columns = (judged.preferences, judged.model_lengths, judged.baseline_lengths)
@@ -233,33 +246,16 @@ def _measures(folder: Path, reference: list[str], arguments: argparse.Namespace)
             *columns, samples=arguments.bootstrap, seed=arguments.seed, **given
         )
         result["bootstrap"] = asdict(intervals)
-    result["compared_with"] = [compare_annotations(judged, path) for path in arguments.compare]
+    ours = _by_instruction(judged)
+    result["compared_with"] = [
+        {
+            "model": other.model,
+            "file": path,
+            **asdict(paired_comparison(ours, _by_instruction(other))),
+        }
+        for path, other in others.items()
+    ]
     return result
-
-
-def compare_annotations(judged: Annotations, path: str) -> dict[str, Any]:
-    """Compares a model with another on the instructions that both were judged on.
-
-    Args:
-        judged: The model's judgements.
-        path: The other's ``annotations.json``, against the same baseline.
-
-    Raises:
-        PrefoptError: The file cannot be read, or is against another baseline.
-    """
-    other = _read_other(path, judged.baseline)
-    compared = paired_comparison(_by_instruction(judged), _by_instruction(other))
-    return {"model": other.model, "file": path, **asdict(compared)}
-
-
-def _read_other(path: str, baseline: str) -> Annotations:
-    other = read_annotations(path)
-    if other.baseline != baseline:
-        raise PrefoptError(
-            f"{path}: found the baseline {other.baseline!r}, expected {baseline!r}: win rates over "
-            "different baselines cannot be compared"
-        )
-    return other
 
 
 def _by_instruction(judged: Annotations) -> dict[Hashable, float]:

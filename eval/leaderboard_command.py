@@ -19,6 +19,7 @@ from prefopt.eval.annotations import (
     difficulty_by_position,
     read_annotations,
     read_difficulty,
+    warn_of_judges,
 )
 from prefopt.eval.answers import instruction_of, read_answers
 from prefopt.eval.leaderboard import leaderboard, write_leaderboard
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"found judgements against {', '.join(sorted(baselines))}, expected one baseline: win "
             "rates over different baselines cannot be ranked"
         )
+    warn_of_judges(models.values())
     reference = None
     if arguments.baseline:
         answers = read_answers(arguments.baseline)

@@ -298,6 +298,22 @@ def test_comparison_with_other_annotations(
     assert 0 < compared["p_value"] <= 1
 
 
+def test_comparison_with_what_another_judge_said_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, baseline = (outputs(tmp_path / f"{name}.json", name, 4) for name in ("new", "old"))
+    command = ("eval", "alpaca", model, "--baseline", baseline, "--out", tmp_path, "--bootstrap", 0)
+    with serving() as server:
+        first = result_of(capsys, *command, *api_options(server))
+        options = ("--judge", "second", *api_options(server)[2:])
+        before = ("--compare", tmp_path / "annotations.json")
+        second = result_of(capsys, *command, *options, *before)
+    (compared,) = second["compared_with"]
+    assert compared["difference"] == pytest.approx(second["win_rate"] - first["win_rate"])
+    assert compared["difference"] != 0
+    assert "the judges differ (fake, second)" in caplog.text
+
+
 def test_errors_come_before_the_answers(
     world: WorldPaths,
     tmp_path: Path,

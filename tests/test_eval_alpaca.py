@@ -343,6 +343,8 @@ def test_errors_come_before_the_answers(
     for command in (alpaca, (*win_rate, *without_key)):
         assert "OPENAI_API_KEY is not set" in error_of(capsys, *command)
     assert not (tmp_path / "out").exists()
+    command = ("eval", "alpaca", model, "--baseline", baseline, "--judge", baseline, *out)
+    assert "old.json': found a file, expected a checkpoint's folder" in error_of(capsys, *command)
 
 
 def test_missing_and_unknown_instructions() -> None:

@@ -277,6 +277,17 @@ def test_a_refusal_is_not_repeated(
     assert len(server.bodies) == 1
 
 
+def test_a_redirect_is_told_and_not_followed(
+    server: FakeChatAPI, make: Callable[..., ChatAPI]
+) -> None:
+    with serving() as other:
+        server.manners, server.elsewhere = always("redirect"), f"{other.url}/chat/completions"
+        with pytest.raises(PrefoptError, match=f"HTTP 308: it redirects to {other.url}"):
+            make(concurrency=1).ask(questions(5))
+        assert not other.bodies
+    assert len(server.bodies) == 1
+
+
 @pytest.mark.parametrize("manner", ["401", "404", "quota"])
 def test_what_all_would_be_refused_for_ends_at_once(
     server: FakeChatAPI, make: Callable[..., ChatAPI], manner: str
@@ -297,6 +308,7 @@ def test_what_all_would_be_refused_for_ends_at_once(
         ("drop", "RemoteProtocolError"),
         ("cut", "RemoteProtocolError"),
         ("malformed", "not JSON"),
+        ("deep", "not JSON"),
         ("no choices", "another form: try again"),
         ("no content", "another form"),
         ("hang", "no answer within 0.4 s"),

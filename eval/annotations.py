@@ -117,7 +117,7 @@ def read_difficulty(path: str | os.PathLike[str]) -> FloatArray:
     """
     where, column = os.fspath(path), "instruction_difficulty"
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise PrefoptError(f"{where}: cannot be read as a CSV file: {error}") from error

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefopt.errors import PrefoptError
-from prefopt.eval.annotations import Annotations, read_annotations
+from prefopt.eval.annotations import Annotations, read_annotations, warn_of_judges
 from prefopt.eval.answers import (
     Answer,
     Answers,
@@ -33,11 +33,11 @@ from prefopt.eval.answers import (
     read_answers,
     write_model_outputs,
 )
-from prefopt.eval.judging import judge_of, judge_pairs, usage_line
+from prefopt.eval.judging import api_of, judge_of, judge_pairs, usage_line
 from prefopt.eval.leaderboard import leaderboard, write_leaderboard
 from prefopt.eval.leaderboard_command import difficulty_of
 from prefopt.eval.length_control import bootstrap_length_controlled, length_controlled_win_rate
-from prefopt.eval.length_design import win_probabilities
+from prefopt.eval.length_design import gamed_rows, win_probabilities
 from prefopt.eval.paired import paired_comparison
 from prefopt.eval.win_rate import win_rate
 from prefopt.reward_models.api_judge import ApiJudge
@@ -69,10 +69,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         PrefoptError: A file, the model or the judge is not what it should be.
     """
     whole = read_answers(arguments.baseline)
+    instructions = [instruction_of(row.prompt) for row in whole.rows]
     reference = Answers(whole.name, whole.rows[: arguments.limit])
     found = is_answers_file(arguments.model) and read_answers(arguments.model)
     name = arguments.name or (found.name if found else model_name(arguments.model))
     folder = Path(arguments.out or f"runs/alpaca/{name.replace('/', '--')}")
+    others = _prepare(arguments, folder, instructions, whole.name)
     answers = found or answers_of(
         arguments.model,
         [row.prompt for row in reference.rows],
@@ -93,8 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     named = Answers(name, pairs.model, answers.decoding)
     write_model_outputs(folder / "model_outputs.json", named)
     write_annotations(folder / "annotations.json", pairs, preferences, name, reference.name, record)
-    instructions = [instruction_of(row.prompt) for row in whole.rows]
-    result = _measures(folder, instructions, arguments)
+    result = _measures(folder, instructions, others, arguments)
     if isinstance(judge, ApiJudge):
         result["usage"] = asdict(judge.api.usage)
     result |= {
@@ -115,16 +116,40 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _prepare(
+    arguments: argparse.Namespace, folder: Path, instructions: list[str], baseline: str
+) -> dict[str, Annotations]:
+    """The files of ``--compare``, read before this command writes its own.
+
+    Raises:
+        PrefoptError: One is against another baseline; or the API's options, or another file that
+            the measures need, is wrong, which should end the command before anything is asked.
+    """
+    if arguments.judge_kind == "api":
+        api_of(arguments, folder)
+    difficulty = difficulty_of(arguments, instructions[: arguments.limit], instructions)
+    gamed_rows(arguments.gamed, difficulty is not None)
+    others = {path: read_annotations(path) for path in arguments.compare}
+    for path, other in others.items():
+        if other.baseline != baseline:
+            raise PrefoptError(
+                f"{path}: found the baseline {other.baseline!r}, expected {baseline!r}: win rates "
+                "over different baselines cannot be compared"
+            )
+    return others
+
+
 def pair_up(model: Answers, baseline: Answers, limit: int | None = None) -> Pairs:
     """Puts a model's answers beside the baseline's, in the baseline's order.
 
-    Instructions that the model has not answered are left out, and said.
+    An instruction as text and as one user's message are the same. Instructions that the model has
+    not answered are left out, and said.
 
     Raises:
         PrefoptError: The model answers what the baseline does not, or nothing of it.
     """
-    ours, theirs = model.by_key(), baseline.by_key()
-    index = [i for i, row in enumerate(baseline.rows) if row.key in ours]
+    ours, theirs = ({_key(row): row for row in side.rows} for side in (model, baseline))
+    index = [i for i, row in enumerate(baseline.rows) if _key(row) in ours]
     unknown = [key for key in ours if key not in theirs]
     if not index or (unknown and limit is None):
         raise PrefoptError(
@@ -137,9 +162,13 @@ def pair_up(model: Answers, baseline: Answers, limit: int | None = None) -> Pair
         logger.warning("the %d others are left out of all numbers", missing)
     return Pairs(
         index,
-        [ours[baseline.rows[i].key] for i in index],
+        [ours[_key(baseline.rows[i])] for i in index],
         [baseline.rows[i] for i in index],
     )
+
+
+def _key(row: Answer) -> tuple[str, int]:
+    return instruction_of(row.prompt), row.sample
 
 
 def write_annotations(
@@ -181,10 +210,16 @@ def write_annotations(
     atomic_write(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
 
 
-def _measures(folder: Path, reference: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def _measures(
+    folder: Path,
+    reference: list[str],
+    others: dict[str, Annotations],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
     """All numbers of a folder's annotations, and its ``leaderboard.csv``."""
     judged = read_annotations(folder / "annotations.json")
-    difficulty = difficulty_of(arguments, judged, reference)
+    warn_of_judges([judged, *others.values()])
+    difficulty = difficulty_of(arguments, judged.instructions, reference)
     given: dict[str, Any] = {"instruction_difficulty": difficulty, "gamed": arguments.gamed}
     columns = (judged.preferences, judged.model_lengths, judged.baseline_lengths)
     rate = length_controlled_win_rate(*columns, C=arguments.C, **given)
@@ -211,28 +246,16 @@ def _measures(folder: Path, reference: list[str], arguments: argparse.Namespace)
             *columns, samples=arguments.bootstrap, seed=arguments.seed, **given
         )
         result["bootstrap"] = asdict(intervals)
-    result["compared_with"] = [compare_annotations(judged, path) for path in arguments.compare]
+    ours = _by_instruction(judged)
+    result["compared_with"] = [
+        {
+            "model": other.model,
+            "file": path,
+            **asdict(paired_comparison(ours, _by_instruction(other))),
+        }
+        for path, other in others.items()
+    ]
     return result
-
-
-def compare_annotations(judged: Annotations, path: str) -> dict[str, Any]:
-    """Compares a model with another on the instructions that both were judged on.
-
-    Args:
-        judged: The model's judgements.
-        path: The other's ``annotations.json``, against the same baseline.
-
-    Raises:
-        PrefoptError: The file cannot be read, or is against another baseline.
-    """
-    other = read_annotations(path)
-    if other.baseline != judged.baseline:
-        raise PrefoptError(
-            f"{path}: found the baseline {other.baseline!r}, expected {judged.baseline!r}: win "
-            "rates over different baselines cannot be compared"
-        )
-    compared = paired_comparison(_by_instruction(judged), _by_instruction(other))
-    return {"model": other.model, "file": path, **asdict(compared)}
 
 
 def _by_instruction(judged: Annotations) -> dict[Hashable, float]:

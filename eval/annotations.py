@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from prefopt.errors import DataError, PrefoptError
 
+logger = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float64]
 
 TEXTS = ("instruction", "output_1", "output_2", "generator_1", "generator_2")
@@ -33,6 +35,7 @@ class Annotations:
             the judge's answer could not be read.
         model_lengths: Shape [rows], characters.
         baseline_lengths: Shape [rows], characters.
+        annotator: The judge, where the file names one, and one only.
     """
 
     model: str
@@ -41,6 +44,7 @@ class Annotations:
     preferences: FloatArray
     model_lengths: FloatArray
     baseline_lengths: FloatArray
+    annotator: str | None = None
 
 
 def read_annotations(path: str | os.PathLike[str]) -> Annotations:
@@ -49,7 +53,8 @@ def read_annotations(path: str | os.PathLike[str]) -> Annotations:
     Args:
         path: The file. Needed of each object are ``instruction``, ``output_1`` and
             ``generator_1`` (the baseline), ``output_2`` and ``generator_2`` (the model), and
-            ``preference`` (a number or null); more fields are allowed.
+            ``preference`` (a number or null); ``annotator`` is read where there is one, and more
+            fields are allowed.
 
     Raises:
         PrefoptError: The file cannot be read or holds no such list.
@@ -77,6 +82,7 @@ def read_annotations(path: str | os.PathLike[str]) -> Annotations:
             )
     if names is None:
         raise PrefoptError(f"{where}: no rows: expected one or more judgements")
+    annotators = {str(row.get("annotator") or "") for row in rows}
     return Annotations(
         model=names[1],
         baseline=names[0],
@@ -84,7 +90,15 @@ def read_annotations(path: str | os.PathLike[str]) -> Annotations:
         preferences=np.array(preferences),
         model_lengths=np.array([len(row["output_2"]) for row in rows], dtype=np.float64),
         baseline_lengths=np.array([len(row["output_1"]) for row in rows], dtype=np.float64),
+        annotator=(annotators.pop() or None) if len(annotators) == 1 else None,
     )
+
+
+def warn_of_judges(annotations: Iterable[Annotations]) -> None:
+    """Says so where models that are compared were judged by different judges."""
+    judges = sorted({judged.annotator for judged in annotations if judged.annotator})
+    if len(judges) > 1:
+        logger.warning("the judges differ (%s): so may what they like", ", ".join(judges))
 
 
 def read_difficulty(path: str | os.PathLike[str]) -> FloatArray:
@@ -103,7 +117,7 @@ def read_difficulty(path: str | os.PathLike[str]) -> FloatArray:
     """
     where, column = os.fspath(path), "instruction_difficulty"
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise PrefoptError(f"{where}: cannot be read as a CSV file: {error}") from error

@@ -100,9 +100,9 @@ def read_answers(path: str | Path) -> Answers:
 def _read_row(row: Row, where: str, seen: Counter[str]) -> Answer:
     if "instruction" not in row:
         text = _text(row, where, "completion")
-        return Answer(parse_prompt(row, where), row.get("sample", 0), text)
+        return Answer(parse_prompt(row, where), _sample(row, where, 0), text)
     instruction = _text(row, where, "instruction")
-    sample = row.get("sample", seen[instruction])
+    sample = _sample(row, where, seen[instruction])
     seen[instruction] += 1
     prompt = [{"role": "user", "content": instruction}]
     return Answer(prompt, sample, _text(row, where, "output"), str(row.get("dataset") or ""))
@@ -112,7 +112,21 @@ def _text(row: Row, where: str, column: str) -> str:
     if not isinstance(row.get(column), str):
         raise DataError(where, column, f"found {row.get(column)!r}, expected text")
     text: str = row[column]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(
+            where, column, f"found {half!a}, half of a character at {error.start}; remove it"
+        ) from None
     return text
+
+
+def _sample(row: Row, where: str, default: int) -> int:
+    sample = row.get("sample", default)
+    if not isinstance(sample, int):
+        raise DataError(where, "sample", f"found {sample!r:.40}, expected a whole number")
+    return sample
 
 
 def write_model_outputs(path: Path, answers: Answers) -> None:

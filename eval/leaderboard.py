@@ -152,7 +152,7 @@ def read_leaderboard(path: str | os.PathLike[str]) -> list[LeaderboardRow]:
     """
     where = os.fspath(path)
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             lines, headings = list(reader), list(reader.fieldnames or [])
     except (OSError, UnicodeDecodeError) as error:

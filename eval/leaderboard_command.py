@@ -19,6 +19,7 @@ from prefopt.eval.annotations import (
     difficulty_by_position,
     read_annotations,
     read_difficulty,
+    warn_of_judges,
 )
 from prefopt.eval.answers import instruction_of, read_answers
 from prefopt.eval.leaderboard import leaderboard, write_leaderboard
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"found judgements against {', '.join(sorted(baselines))}, expected one baseline: win "
             "rates over different baselines cannot be ranked"
         )
+    warn_of_judges(models.values())
     reference = None
     if arguments.baseline:
         answers = read_answers(arguments.baseline)
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     difficulties = {
         name: difficulty
         for name, judged in models.items()
-        if (difficulty := difficulty_of(arguments, judged, reference)) is not None
+        if (difficulty := difficulty_of(arguments, judged.instructions, reference)) is not None
     }
     rows = leaderboard(
         models,
@@ -62,13 +64,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def difficulty_of(
-    arguments: argparse.Namespace, judged: Annotations, reference: Sequence[str] | None
+    arguments: argparse.Namespace, instructions: Sequence[str], reference: Sequence[str] | None
 ) -> np.ndarray | None:
-    """The difficulty of each judged row as the command's options say; None without a file.
+    """The difficulty of each row as the command's options say; None without a file.
 
     Args:
         arguments: With ``difficulty`` (a CSV file or None) and ``difficulty_by_position``.
-        judged: The judgements.
+        instructions: The instruction of each row.
         reference: The instructions in the order of the difficulties.
 
     Raises:
@@ -80,14 +82,14 @@ def difficulty_of(
         return None
     values = read_difficulty(arguments.difficulty)
     if arguments.difficulty_by_position:
-        return difficulty_by_position(values, len(judged.instructions))
+        return difficulty_by_position(values, len(instructions))
     if reference is None:
         raise PrefoptError(
             "--difficulty: which instruction has which difficulty is known by the order of the "
             "reference set: expected its model_outputs.json with --baseline, or "
             "--difficulty-by-position for files that are complete and in that order"
         )
-    return difficulty_by_instruction(values, reference, judged.instructions)
+    return difficulty_by_instruction(values, reference, instructions)
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -129,8 +129,9 @@ def length_controlled_win_rate(
         baseline_lengths: Shape [rows], characters of the baseline's answer.
         instruction_difficulty: Shape [rows], of each row's instruction.
         gamed: Columns ``std_delta_len``, ``preference`` or ``preference_reconstructed`` (in
-            [0, 1]: P(variant beats baseline)), and ``instruction_difficulty`` where difficulty is
-            used; a CSV file or a table (a pandas DataFrame, or a dictionary of columns).
+            [0, 1]: P(variant beats baseline); rows without one are left out), and
+            ``instruction_difficulty`` where difficulty is used; a CSV file or a table (a pandas
+            DataFrame, or a dictionary of columns).
         C: Inverse penalty. None: of 10 values from 1e-4 to 1e4 the one with the least weighted
             log loss in 5-fold cross-validation.
 

@@ -131,6 +131,8 @@ def scaled(excess: FloatArray, spread: FloatArray) -> FloatArray:
 def gamed_rows(gamed: Gamed | None, with_difficulty: bool) -> tuple[FloatArray, FloatArray]:
     """Features [rows, terms] and labels [rows] of the gamed rows, in an order of their own.
 
+    Rows without a preference (NaN, or an empty field) are left out, as upstream does.
+
     Args:
         gamed: As for `length_controlled_win_rate`.
         with_difficulty: Whether the fit has that term.
@@ -151,7 +153,9 @@ def gamed_rows(gamed: Gamed | None, with_difficulty: bool) -> tuple[FloatArray, 
             f"no such column, nor {GAMED_LABELS[1]!r}: expected P(variant beats baseline) in "
             "[0, 1]; rename yours",
         )
-    labels = _column(gamed, label, where, "in [0, 1]", lambda v: (v >= 0) & (v <= 1))
+    labels = _column(
+        gamed, label, where, "in [0, 1]", lambda v: np.isnan(v) | ((v >= 0) & (v <= 1))
+    )
     length = np.tanh(_column(gamed, "std_delta_len", where, "that is finite", np.isfinite))
     columns = [length, np.zeros(len(length))]
     if with_difficulty:
@@ -170,7 +174,9 @@ def gamed_rows(gamed: Gamed | None, with_difficulty: bool) -> tuple[FloatArray, 
                 f"found {flags[wrong[0]]!r}, expected False: keep only rows of the baseline's "
                 "own variants",
             )
-    order = np.lexsort((*columns, labels))
+    if np.isnan(labels).all():
+        raise DataError(where, label, f"none of {len(labels)} rows was judged")
+    order = np.lexsort((*columns, labels))[: np.count_nonzero(~np.isnan(labels))]  # NaN is last
     return np.stack(columns, axis=1)[order], labels[order]
 
 
@@ -181,7 +187,7 @@ def read_gamed(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         PrefoptError: The file cannot be read or holds no rows.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise PrefoptError(f"{os.fspath(path)}: cannot be read as a CSV file: {error}") from error
@@ -273,7 +279,10 @@ def _column(
 
 
 def _number(value: object) -> float:
+    """The value; NaN where there is none, and infinite where it is no number."""
+    if value is None or value == "":
+        return float("nan")
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        return float("nan")
+        return float("inf")

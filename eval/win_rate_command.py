@@ -17,7 +17,7 @@ from prefopt.data.rows import Prompt
 from prefopt.errors import PrefoptError
 from prefopt.eval.answers import Answers, answers_of, is_answers_file, read_answers, read_prompts
 from prefopt.eval.head_to_head import head_to_head
-from prefopt.eval.judging import judge_of, judge_pairs, usage_line
+from prefopt.eval.judging import api_of, judge_of, judge_pairs, usage_line
 from prefopt.eval.win_rate import win_rate
 from prefopt.reward_models.api_judge import ApiJudge
 from prefopt.rounds.storage import atomic_write
@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             answer the same prompts.
     """
     folder = Path(arguments.out)
+    if arguments.judge_kind == "api":  # what is wrong with its options comes before the answers
+        api_of(arguments, folder)
     model, baseline = _both(arguments, folder)
     ours, theirs = model.by_key(), baseline.by_key()
     if ours.keys() != theirs.keys():

@@ -19,10 +19,15 @@ class ApiKey:
         variable: The variable's name.
 
     Raises:
-        PrefoptError: The variable holds what cannot be a key.
+        PrefoptError: That is no variable's name, or it holds what cannot be a key.
     """
 
     def __init__(self, variable: str) -> None:
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", variable):  # it may be the key: not repeated
+            raise PrefoptError(
+                "key_variable: found what is no name of an environment variable; expected a name "
+                "like OPENAI_API_KEY, and the key in that variable"
+            )
         self.variable = variable
         self._secret = SecretStr(os.environ.get(variable, "").strip())
         if re.search(r"[^!-~]", self._secret.get_secret_value()):

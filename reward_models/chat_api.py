@@ -40,6 +40,7 @@ from prefopt.reward_models.chat_response import (
 logger = logging.getLogger(__name__)
 
 _OPENAI = "api.openai.com"
+_KEY_VARIABLE = "OPENAI_API_KEY"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the last one
 _LONG_WAIT = 10.0  # seconds from which on a wait is told of
@@ -101,8 +102,8 @@ class ChatAPI:
     Args:
         model: The model's name at the server.
         base_url: Where ``/chat/completions`` stands, such as ``http://127.0.0.1:8000/v1``.
-        key_variable: The environment variable that holds the API key. Where it is not set no key is
-            sent, which is an error for OpenAI only.
+        key_variable: The environment variable that holds the API key. Where the default one is not
+            set no key is sent, which is an error for OpenAI only.
         cache: A JSONL file of answers, made where there is none. Requests that it holds are not
             asked again. One process at a time may ask through it.
         concurrency: Most requests in flight.
@@ -123,7 +124,7 @@ class ChatAPI:
         model: str,
         *,
         base_url: str = f"https://{_OPENAI}/v1",
-        key_variable: str = "OPENAI_API_KEY",
+        key_variable: str = _KEY_VARIABLE,
         cache: Path,
         concurrency: int = 16,
         timeout: float = 120.0,
@@ -142,9 +143,11 @@ class ChatAPI:
         self._host = httpx.URL(self.base_url).host
         self._cache = ChatCache(Path(cache))
         self._key = ApiKey(key_variable)
-        if not self._key and self._host == _OPENAI:
+        if not self._key and (self._host == _OPENAI or key_variable != _KEY_VARIABLE):
+            # what is not in capitals may be the key itself
+            name = key_variable if key_variable.isupper() else "that key_variable names"
             raise PrefoptError(
-                f"{model} at {self.base_url}: the environment variable {key_variable} is not set; "
+                f"{model} at {self.base_url}: the environment variable {name} is not set; "
                 "expected the API key in it"
             )
 
@@ -260,8 +263,9 @@ class ChatAPI:
             self._count(answer)
             put((key, answer))
 
+        client = self._client()
         try:
-            async with self._client() as client, asyncio.TaskGroup() as group:
+            async with client, asyncio.TaskGroup() as group:
                 for key, request in missing.items():
                     group.create_task(ask(key, request))
         except ExceptionGroup as errors:
@@ -270,12 +274,22 @@ class ChatAPI:
             raise PrefoptError(self._report(failures, missing))
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            headers=self._key.headers(),
-            timeout=None,  # ``_post`` has one for the whole of a request
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
-            trust_env=self._host not in _LOOPBACK,  # never to this machine through a proxy
-        )
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
+        try:
+            return httpx.AsyncClient(
+                headers=self._key.headers(),
+                timeout=None,  # ``_post`` has one for the whole of a request
+                limits=limits,
+                trust_env=self._host not in _LOOPBACK,  # never to this machine through a proxy
+            )
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            # the message of a bad proxy address may hold its password
+            raise PrefoptError(
+                f"{self.model} at {self.base_url}: {type(error).__name__} from the settings of "
+                "proxies or certificates in the environment; expected addresses like "
+                "http://proxy:3128 in HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (socks5:// needs `pip "
+                "install httpx[socks]`), and a file that is there in SSL_CERT_FILE"
+            ) from None
 
     async def _respond(self, client: httpx.AsyncClient, request: ChatRequest) -> Response:
         def note(state: RetryCallState) -> None:
@@ -353,14 +367,15 @@ def _checked_url(base_url: str) -> str:
     expected = "expected one like https://api.openai.com/v1 or http://127.0.0.1:8000/v1"
     try:
         url = httpx.URL(base_url)
-    except httpx.InvalidURL:
+        host, port = url.host, url.port or 0
+    except (httpx.InvalidURL, UnicodeError):  # the latter of names that are no IDNA
         raise PrefoptError(f"chat API: base_url is no address; {expected}") from None
     if "@" in base_url or url.query or url.fragment:  # it would stand in files and logs
         raise PrefoptError(
             f"chat API: base_url has a name, password or query in it; {expected}, and the key in "
             "an environment variable"
         )
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not host or port > 65535:
         raise PrefoptError(f"chat API: base_url {base_url!r} is no address; {expected}")
     return base_url.rstrip("/")
 

@@ -21,7 +21,7 @@ class ChatCache:
     """An append-only JSONL file of responses, each under the key of its request.
 
     Attributes:
-        path: The file; beside it stands a lock file, ``.lock``, while it is in use.
+        path: The file; beside it stands a lock file, ``.lock``.
         responses: Key -> the server's JSON, as of the last time the file was opened.
     """
 
@@ -50,11 +50,24 @@ class ChatCache:
             ) from None
 
     def add(self, key: str, response: dict[str, Any]) -> None:
-        """Puts a response on the disk; it is there when this returns."""
+        """Puts a response on the disk; it is there when this returns.
+
+        Raises:
+            PrefoptError: The disk is full or gone; no part of the line is left.
+        """
         assert self._file is not None, "the cache is opened first"
-        line = json.dumps({"key": key, "response": response}) + "\n"
-        self._file.write(line.encode())
-        os.fsync(self._file.fileno())
+        rest = f"{json.dumps({'key': key, 'response': response})}\n".encode()
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while rest:  # a disk that is almost full takes a part
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            os.truncate(self._file.fileno(), end)
+            raise PrefoptError(
+                f"{self.path}: an answer cannot be written: {error.strerror}; when that is mended "
+                "the same command goes on from the answers that are there"
+            ) from error
         self.responses[key] = response
 
     def _read(self) -> None:

@@ -79,7 +79,7 @@ def read_response(response: httpx.Response, key: ApiKey, *, log_probs: bool) -> 
         raise _refusal(response, key)
     try:
         body = json.loads(key.remove(response.content.decode()))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FailedAttemptError("an answer that is not JSON", passing=True) from None
     try:
         answer = read_answer(body)
@@ -119,6 +119,8 @@ def read_answer(body: Any) -> ChatAnswer:
         raise FailedAttemptError("an answer of another form", passing=True) from None
     if not isinstance(text, str):
         raise FailedAttemptError("an answer without content", passing=True)
+    # JSON can hold half of a character, which no file can: an answer may have been cut there
+    text = text.encode(errors="replace").decode()
     return ChatAnswer(text, log_probs, prompt_tokens, completion_tokens, reason)
 
 
@@ -132,12 +134,15 @@ def _refusal(response: httpx.Response, key: ApiKey) -> FailedAttemptError:
         problem += f" (check that the key in {key.variable} may use this model here)"
     elif spent:
         problem += " (the account has no credit left)"
+    elif response.has_redirect_location:
+        where = key.redact(response.headers["location"])[:300]
+        problem += f"it redirects to {where} (the key is not sent on: correct base_url)"
     elif status in _WHAT_TO_DO:
         problem += f" ({_WHAT_TO_DO[status]})"
     return FailedAttemptError(
         problem,
         passing=not spent and (status in (408, 409, 429) or status >= 500),
-        for_all=spent or status in (401, 404),
+        for_all=spent or status in (401, 404) or response.has_redirect_location,
         retry_after=_seconds(response.headers.get("retry-after", "").strip()),
     )
 

@@ -72,6 +72,7 @@ class FakeChatAPI(ThreadingHTTPServer):
         manners: How it behaves.
         reply: What it answers.
         slowness: Seconds that a slow answer takes.
+        elsewhere: Where it redirects to.
         requests: Content -> how often it was asked for.
         answered: Content -> how often it was sent whole, with status 200 and a good body.
         bodies: All requests, in their order.
@@ -88,6 +89,7 @@ class FakeChatAPI(ThreadingHTTPServer):
         self.manners: Manners = lambda call: None
         self.reply: Reply = judge_reply
         self.slowness = 0.05
+        self.elsewhere = ""
         self.requests: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[Body] = []
@@ -180,8 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def misbehave(self, manner: str, good: Body) -> None:
         """``hang``, ``drop``, ``cut`` (half a body), ``malformed``, ``no choices``,
-        ``no content``, ``null content``, ``quota``, ``echo`` (401 that repeats the key), or a
-        status with an optional Retry-After, such as ``429 0.5``."""
+        ``no content``, ``null content``, ``deep`` (JSON that no parser follows), ``quota``,
+        ``echo`` (401 that repeats the key), ``redirect`` (to ``elsewhere``), or a status with an
+        optional Retry-After, such as ``429 0.5``."""
         key = self.headers.get("authorization", "")
         if manner == "hang":
             self.server.gone.wait(60)
@@ -195,6 +198,10 @@ class _Handler(BaseHTTPRequestHandler):
             _cut(self.request)
         elif manner == "malformed":
             self.send('{"choices": [{"mess')
+        elif manner == "deep":
+            self.send("[" * 200_000)
+        elif manner == "redirect":
+            self.send("", 308, headers={"location": self.server.elsewhere})
         elif manner == "no choices":
             self.send({"error": {"message": "try again", "code": 502}})
         elif manner in ("no content", "null content"):

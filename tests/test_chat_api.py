@@ -8,7 +8,9 @@ import logging
 import math
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ import pytest
 from fake_chat_api import FakeChatAPI, always, content_of, serving, troubled
 
 from prefopt.errors import PrefoptError
+from prefopt.eval.judging import usage_line
 from prefopt.reward_models import chat_api, chat_response
 from prefopt.reward_models.chat_api import ChatAPI, ChatRequest
 
@@ -274,6 +277,17 @@ def test_a_refusal_is_not_repeated(
     assert len(server.bodies) == 1
 
 
+def test_a_redirect_is_told_and_not_followed(
+    server: FakeChatAPI, make: Callable[..., ChatAPI]
+) -> None:
+    with serving() as other:
+        server.manners, server.elsewhere = always("redirect"), f"{other.url}/chat/completions"
+        with pytest.raises(PrefoptError, match=f"HTTP 308: it redirects to {other.url}"):
+            make(concurrency=1).ask(questions(5))
+        assert not other.bodies
+    assert len(server.bodies) == 1
+
+
 @pytest.mark.parametrize("manner", ["401", "404", "quota"])
 def test_what_all_would_be_refused_for_ends_at_once(
     server: FakeChatAPI, make: Callable[..., ChatAPI], manner: str
@@ -294,6 +308,7 @@ def test_what_all_would_be_refused_for_ends_at_once(
         ("drop", "RemoteProtocolError"),
         ("cut", "RemoteProtocolError"),
         ("malformed", "not JSON"),
+        ("deep", "not JSON"),
         ("no choices", "another form: try again"),
         ("no content", "another form"),
         ("hang", "no answer within 0.4 s"),
@@ -370,6 +385,11 @@ def test_tokens_that_read_the_same_add_up() -> None:
     assert answer.top_log_probs == pytest.approx({"?": math.log(0.75)})
 
 
+def test_half_a_character_can_be_written() -> None:
+    choice = {"message": {"content": "cut \ud83d"}, "finish_reason": "length"}
+    assert chat_response.read_answer({"choices": [choice]}).text == "cut ?"
+
+
 def test_cost(server: FakeChatAPI, make: Callable[..., ChatAPI]) -> None:
     server.reply = lambda body: ("three little words", None)
     api = make(price=(10.0, 30.0))
@@ -380,6 +400,9 @@ def test_cost(server: FakeChatAPI, make: Callable[..., ChatAPI]) -> None:
     again.ask(questions(4, top_logprobs=0))
     assert (again.usage.cost, again.usage.cached_completion_tokens) == (0.0, 12)
     assert make().usage.cost is None
+    assert "(" not in usage_line(vars(api.usage))
+    line = usage_line(vars(api.usage) | {"uncounted": 2})
+    assert line.endswith("(2 answers came without their number of tokens); 0.00 dollars")
 
 
 def test_asks_inside_a_running_event_loop(make: Callable[..., ChatAPI]) -> None:
@@ -445,8 +468,14 @@ def test_a_server_without_a_key(
     server.manners = always("401")
     with pytest.raises(PrefoptError, match="no key was sent: the environment variable OPENAI_API_"):
         make().ask(questions(2))
+    with pytest.raises(PrefoptError, match="variable OPENAI_API_KEY is not set; expected the API"):
+        ChatAPI("gpt", cache=Path("unused"))
     with pytest.raises(PrefoptError, match="variable MY_KEY is not set; expected the API key"):
-        ChatAPI("gpt", key_variable="MY_KEY", cache=Path("unused"))
+        make(key_variable="MY_KEY")
+    for key in (KEY, "gsk_" + KEY[8:]):  # the key where its variable's name belongs
+        with pytest.raises(PrefoptError, match="key_variable") as failure:
+            make(key_variable=key)
+        assert KEY[8:] not in str(failure.value)
     monkeypatch.setenv("MY_KEY", "two words")
     with pytest.raises(PrefoptError, match="MY_KEY holds spaces") as failure:
         ChatAPI("gpt", key_variable="MY_KEY", cache=Path("unused"))
@@ -461,6 +490,8 @@ def test_a_server_without_a_key(
         "http://127.0.0.1/v1?key=hunter2",
         "127.0.0.1:8000/v1",
         "ftp://127.0.0.1/v1",
+        "http://127.0.0.1:99999/v1",
+        "http://xn--/v1",
         "http://",
     ],
 )
@@ -479,3 +510,41 @@ def test_bad_numbers(make: Callable[..., ChatAPI]) -> None:
 def test_nothing_to_ask(server: FakeChatAPI, make: Callable[..., ChatAPI]) -> None:
     assert make().ask([]) == []
     assert not server.bodies
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1"),
+        ("HTTP_PROXY", "hunter2://x:hunter2@y"),
+        ("HTTP_PROXY", "http://[::1"),
+        ("SSL_CERT_FILE", "/no/such/file.pem"),
+    ],
+)
+def test_bad_settings_of_proxies_and_certificates(
+    make: Callable[..., ChatAPI], monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(PrefoptError, match="settings of proxies or certificates") as failure:
+        make(base_url="http://192.0.2.1/v1", attempts=1).ask(questions(1))
+    assert "hunter2" not in str(failure.value)
+
+
+def test_a_full_disk_leaves_whole_lines(
+    server: FakeChatAPI, make: Callable[..., ChatAPI], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache.jsonl"
+    make().ask(questions(3))
+    whole, limits = cache.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the kernel takes a part of what goes beyond the limit, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, limits[1]))
+    try:
+        with pytest.raises(PrefoptError, match=r"cache.jsonl: an answer cannot be written"):
+            make().ask(questions(6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert cache.read_bytes() == whole
+    api = make()
+    assert len(api.ask(questions(6))) == 6
+    assert (api.usage.cached, len(lines(cache))) == (3, 6)

@@ -298,8 +298,57 @@ def test_comparison_with_other_annotations(
     assert 0 < compared["p_value"] <= 1
 
 
+def test_comparison_with_what_another_judge_said_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, baseline = (outputs(tmp_path / f"{name}.json", name, 4) for name in ("new", "old"))
+    command = ("eval", "alpaca", model, "--baseline", baseline, "--out", tmp_path, "--bootstrap", 0)
+    with serving() as server:
+        first = result_of(capsys, *command, *api_options(server))
+        options = ("--judge", "second", *api_options(server)[2:])
+        before = ("--compare", tmp_path / "annotations.json")
+        second = result_of(capsys, *command, *options, *before)
+    (compared,) = second["compared_with"]
+    assert compared["difference"] == pytest.approx(second["win_rate"] - first["win_rate"])
+    assert compared["difference"] != 0
+    assert "the judges differ (fake, second)" in caplog.text
+
+
+def test_errors_come_before_the_answers(
+    world: WorldPaths,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, baseline = (outputs(tmp_path / f"{name}.json", name, 4) for name in ("new", "old"))
+    (tmp_path / "d.csv").write_text("index,instruction_difficulty\n0,0.5\n")
+    row = dict.fromkeys(("instruction", "output_1", "output_2", "generator_1", "generator_2"), "x")
+    (tmp_path / "x.json").write_text(json.dumps([row | {"preference": 1}]))
+    out = ("--out", tmp_path / "out")
+    with serving() as server:
+        command = ("eval", "alpaca", model, "--baseline", baseline, *api_options(server), *out)
+        for options, words in (
+            (("--difficulty", tmp_path / "none.csv"), "none.csv: cannot be read"),
+            (("--difficulty", tmp_path / "d.csv"), "1 difficulties for 30 reference"),
+            (("--difficulty-by-position",), "expected a file with --difficulty"),
+            (("--gamed", tmp_path / "d.csv"), "no such column, nor 'preference_recon"),
+            (("--compare", tmp_path / "x.json"), "found the baseline 'x', expected 'old'"),
+        ):
+            assert words in error_of(capsys, *command, *options)
+        assert not server.bodies
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    without_key = ("--judge", "gpt", "--judge-kind", "api", *out)
+    alpaca = ("eval", "alpaca", world.base, "--baseline", baseline, *without_key)
+    win_rate = ("eval", "win-rate", world.base, world.base, "--prompts", world.prompts)
+    for command in (alpaca, (*win_rate, *without_key)):
+        assert "OPENAI_API_KEY is not set" in error_of(capsys, *command)
+    assert not (tmp_path / "out").exists()
+    command = ("eval", "alpaca", model, "--baseline", baseline, "--judge", baseline, *out)
+    assert "old.json': found a file, expected a checkpoint's folder" in error_of(capsys, *command)
+
+
 def test_missing_and_unknown_instructions() -> None:
-    def answers(name: str, prompts: list[str]) -> Answers:
+    def answers(name: str, prompts: list[Any]) -> Answers:
         return Answers(name, [Answer(prompt, 0, "text") for prompt in prompts])
 
     pairs = pair_up(answers("m", ["c", "a"]), answers("b", ["a", "b", "c"]))
@@ -308,6 +357,8 @@ def test_missing_and_unknown_instructions() -> None:
     with pytest.raises(PrefoptError, match=r"1 of 2 answers .* word for word"):
         pair_up(answers("m", ["a", "d"]), answers("b", ["a", "b", "c"]))
     assert pair_up(answers("m", ["a", "d"]), answers("b", ["a"]), limit=1).index == [0]
+    messages = [[{"role": "user", "content": text}] for text in "ab"]
+    assert pair_up(answers("m", ["b"]), answers("b", messages)).index == [1]
     with pytest.raises(PrefoptError, match="2 of 2"):
         pair_up(answers("m", ["x", "d"]), answers("b", ["a"]), limit=1)
 
@@ -318,10 +369,12 @@ def test_missing_and_unknown_instructions() -> None:
         ([{"instruction": "a"}], "found None, expected text"),
         ([{"instruction": "a", "output": "b", "generator": g} for g in "xy"], "2 generators"),
         ([{"prompt": "a", "completion": "b"}] * 2, "answered before"),
+        ([{"prompt": "a", "completion": "b", "sample": [1]}], r"found \[1\], expected a whole"),
+        ([{"instruction": "a", "output": "b \ud83d"}], r"'output': found '\\ud83d', half of a"),
     ],
 )
 def test_files_of_answers_that_are_none(
-    rows: list[dict[str, str]], words: str, tmp_path: Path
+    rows: list[dict[str, Any]], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "answers.json"
     path.write_text(json.dumps(rows))

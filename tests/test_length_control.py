@@ -452,6 +452,9 @@ def test_unusable_rows_are_refused(arguments, options, message):
         ({"std_delta_len": None}, "gamed", "std_delta_len", "no such column"),
         ({"instruction_difficulty": None}, "gamed", "instruction_difficulty", "no such column"),
         ({"preference": [0.5, 1.5]}, "gamed:2", "preference", r"found 1.5.*\[0, 1\]"),
+        ({"preference": ["", "x"]}, "gamed:2", "preference", "found 'x'"),
+        ({"preference": [None, math.nan]}, "gamed", "preference", "none of 2 rows was judged"),
+        ({"std_delta_len": ["1", ""]}, "gamed:2", "std_delta_len", "found ''"),
         ({"std_delta_len": ["1", "x"]}, "gamed:2", "std_delta_len", "found 'x'"),
         ({"not_gamed_baseline": [False, True]}, "gamed:2", "not_gamed_baseline", "expected False"),
         ({"std_delta_len": [1.0]}, "gamed", "preference", r"\[1, 2\] rows"),
@@ -464,6 +467,20 @@ def test_unusable_gamed_rows_are_refused(change, place, field, message):
     with pytest.raises(DataError, match=message) as caught:
         length_controlled_win_rate(*columns, instruction_difficulty=d, gamed=table, C=1)
     assert (caught.value.where, caught.value.field) == (place, field)
+
+
+def test_gamed_rows_that_were_not_judged_are_left_out(tmp_path):
+    columns, d = simulated()
+    table = pd.DataFrame(gamed_table())
+    fewer = table.drop(index=[3, 17, 40])
+    table.loc[[3, 17, 40], "preference"] = np.nan
+    table.to_csv(tmp_path / "gamed.csv", index=False, encoding="utf-8-sig")  # as Excel writes it
+    one, *others = (
+        length_controlled_win_rate(*columns, instruction_difficulty=d, gamed=gamed)
+        for gamed in (fewer, table, tmp_path / "gamed.csv")
+    )
+    for other in others:
+        close(one, other)
 
 
 def test_gamed_rows_need_no_difficulty_where_it_is_not_used():

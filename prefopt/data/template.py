@@ -375,7 +375,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise PrefoptError(
             f"{_name(tokenizer)} has no chat template and the data are conversations; set "
-            "model.chat_template to a Jinja file, or give prompts and answers as plain strings"
+            "model.chat_template (or --chat-template) to a Jinja file, or give prompts and answers "
+            "as plain strings"
         )
     return tokenizer.get_chat_template()
 

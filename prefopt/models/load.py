@@ -253,6 +253,8 @@ def _dtype(name: str) -> Any:
 
 
 def _load(load: Callable[..., T], path: str, what: str, **kwargs: Any) -> T:
+    if Path(path).is_file():
+        raise PrefoptError(f"model path {path!r}: found a file, expected a checkpoint's folder")
     local = {"local_files_only": not _on_hub(path)}
     if load not in (AutoTokenizer.from_pretrained, AutoConfig.from_pretrained, snapshot_download):
         kwargs["adapter_kwargs"] = local  # the search for an adapter does not inherit the setting

@@ -21,13 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from prefopt.data.rows import prompt_text
 from prefopt.errors import PrefoptError
 from prefopt.eval.annotations import Annotations, read_annotations, warn_of_judges
 from prefopt.eval.answers import (
     Answer,
     Answers,
     answers_of,
-    instruction_of,
     is_answers_file,
     model_name,
     read_answers,
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         PrefoptError: A file, the model or the judge is not what it should be.
     """
     whole = read_answers(arguments.baseline)
-    instructions = [instruction_of(row.prompt) for row in whole.rows]
+    instructions = [prompt_text(row.prompt) for row in whole.rows]
     reference = Answers(whole.name, whole.rows[: arguments.limit])
     found = is_answers_file(arguments.model) and read_answers(arguments.model)
     name = arguments.name or (found.name if found else model_name(arguments.model))
@@ -168,7 +168,7 @@ def pair_up(model: Answers, baseline: Answers, limit: int | None = None) -> Pair
 
 
 def _key(row: Answer) -> tuple[str, int]:
-    return instruction_of(row.prompt), row.sample
+    return prompt_text(row.prompt), row.sample
 
 
 def write_annotations(
@@ -194,7 +194,7 @@ def write_annotations(
     rows = [
         {
             "dataset": theirs.dataset,
-            "instruction": instruction_of(theirs.prompt),
+            "instruction": prompt_text(theirs.prompt),
             "output_1": theirs.text,
             "generator_1": baseline,
             "output_2": ours.text,

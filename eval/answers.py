@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.rows import Prompt, parse_prompt, validate
+from prefopt.data.rows import Prompt, parse_prompt, prompt_text, validate
 from prefopt.data.sources import SUFFIXES, Row, read_rows
 from prefopt.errors import DataError, PrefoptError
 from prefopt.generate import Generator, completion_row
@@ -134,22 +134,13 @@ def write_model_outputs(path: Path, answers: Answers) -> None:
     rows = [
         {
             "dataset": row.dataset,
-            "instruction": instruction_of(row.prompt),
+            "instruction": prompt_text(row.prompt),
             "output": row.text,
             "generator": answers.name,
         }
         for row in answers.rows
     ]
     atomic_write(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-
-
-def instruction_of(prompt: Prompt) -> str:
-    """A prompt as one text: the user's message, or a conversation with its roles named."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def read_prompts(path: str, split: str = "train", limit: int | None = None) -> list[Prompt]:

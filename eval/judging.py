@@ -69,6 +69,8 @@ def usage_line(usage: dict[str, Any]) -> str:
         f"{usage['retries']} repeated; {usage['prompt_tokens']} prompt and "
         f"{usage['completion_tokens']} completion tokens"
     )
+    if usage["refused"]:
+        line += f" ({usage['refused']} were refused and are unanswered)"
     if usage["uncounted"]:
         line += f" ({usage['uncounted']} answers came without their number of tokens)"
     return line if usage["cost"] is None else f"{line}; {usage['cost']:.2f} dollars"

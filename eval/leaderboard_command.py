@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from prefopt.data.rows import prompt_text
 from prefopt.errors import PrefoptError
 from prefopt.eval.annotations import (
     Annotations,
@@ -21,7 +22,7 @@ from prefopt.eval.annotations import (
     read_difficulty,
     warn_of_judges,
 )
-from prefopt.eval.answers import instruction_of, read_answers
+from prefopt.eval.answers import read_answers
 from prefopt.eval.leaderboard import leaderboard, write_leaderboard
 
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     reference = None
     if arguments.baseline:
         answers = read_answers(arguments.baseline)
-        reference = [instruction_of(row.prompt) for row in answers.rows]
+        reference = [prompt_text(row.prompt) for row in answers.rows]
     difficulties = {
         name: difficulty
         for name, judged in models.items()

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import Trainer
 
-from prefopt.data.rows import Prompt
+from prefopt.data.rows import Prompt, prompt_text
 from prefopt.errors import PrefoptError
-from prefopt.eval.answers import instruction_of, read_answers, read_prompts
+from prefopt.eval.answers import read_answers, read_prompts
 from prefopt.evaluation import EvaluationTask
 from prefopt.judge import Judge
 from prefopt.models.load import load_tokenizer, loaded_whole
@@ -91,7 +91,7 @@ def read_evaluation_data(section: EvalSection) -> EvaluationData:
         raise PrefoptError(
             f"eval.baseline: {section.baseline} has no answer to {len(missing)} of the "
             f"{len(prompts)} prompts in {section.prompts}, such as "
-            f"{instruction_of(missing[0])[:60]!r}; expected one to each"
+            f"{prompt_text(missing[0])[:60]!r}; expected one to each"
         )
     return EvaluationData(prompts, [answers[_key(prompt), 0].text for prompt in prompts])
 

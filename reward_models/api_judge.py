@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prefopt.data.rows import Prompt
+from prefopt.data.rows import Prompt, prompt_text
 from prefopt.errors import PrefoptError
 from prefopt.reward_models.chat_api import ChatAPI, ChatRequest
 from prefopt.reward_models.chat_response import ChatAnswer
@@ -196,7 +196,7 @@ class ApiJudge:
     def _request(self, prompt: Prompt, m: str, big_m: str) -> ChatRequest:
         # An answer cannot hold the code of a text that it is a part of, so it cannot end itself.
         code = _digest(prompt, m, big_m)[:8]
-        content = USER.format(code=code, prompt=_render(prompt), m=m, M=big_m)
+        content = USER.format(code=code, prompt=prompt_text(prompt), m=m, M=big_m)
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         return ChatRequest(messages, 1, self.temperature, _TOP)
 
@@ -228,15 +228,6 @@ def _preference(a: str, b: str, games: tuple[Game, ...]) -> float:
     of_low = [p_m[m] if m == low else 1 - p_m[m] for m in (low, high) if m in p_m]
     p_low = sum(of_low) / len(of_low)
     return p_low if low == "a" else 1 - p_low
-
-
-def _render(prompt: Prompt) -> str:
-    """A prompt as text: one message as it is, a conversation with its roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
 
 
 def _digest(prompt: Prompt, *answers: str) -> str:

@@ -74,6 +74,7 @@ class Usage:
     Attributes:
         asked: Requests that the server answered to this process.
         cached: Requests answered from the cache, or by an equal request of the same call.
+        refused: Requests that the server does not take, though it answers others.
         retries: Attempts beyond the first. What a server charges for those is not known here.
         prompt_tokens: Of ``asked``.
         completion_tokens: Of ``asked``.
@@ -85,6 +86,7 @@ class Usage:
 
     asked: int = 0
     cached: int = 0
+    refused: int = 0
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -159,7 +161,10 @@ class ChatAPI:
         """Answers to requests, in their order; also inside a running event loop.
 
         A failed attempt is repeated after a wait that doubles, or as long as the server asks for.
-        An error in ``done`` or an interrupt ends it at once; what has been answered is kept.
+        An error in ``done`` or an interrupt ends it at once; what has been answered is kept. Where
+        the server answers more requests but refuses one for what it holds (HTTP 400, 413 or 422:
+        a content filter, a context that is too short), its answer is an empty one with the finish
+        reason "refused"; it is not kept, so another call asks again.
 
         Args:
             requests: Equal ones are asked once.
@@ -189,7 +194,7 @@ class ChatAPI:
                 else:
                     missing[key] = requests[first]
                 self.usage.cached += len(others)
-            with closing(self._arriving(missing)) as arriving:
+            with closing(self._arriving(missing, len(answers))) as arriving:
                 for key, answer in arriving:
                     take(key, answer)
         return [answers[index] for index in range(len(requests))]
@@ -227,38 +232,43 @@ class ChatAPI:
         return answer
 
     def _arriving(
-        self, missing: dict[str, ChatRequest]
+        self, missing: dict[str, ChatRequest], answered: int
     ) -> Generator[tuple[str, ChatAnswer], None, None]:
         """Asks from a thread of its own, since the caller's may already run an event loop."""
         if not missing:
             return
         arrived: SimpleQueue[tuple[str, ChatAnswer] | None] = SimpleQueue()
         with start_blocking_portal() as portal:
-            asking = portal.start_task_soon(self._ask_all, missing, arrived.put)
+            asking = portal.start_task_soon(self._ask_all, missing, answered, arrived.put)
             asking.add_done_callback(lambda _: arrived.put(None))
             yield from iter(arrived.get, None)
             asking.result()
 
     async def _ask_all(
-        self, missing: dict[str, ChatRequest], put: Callable[[tuple[str, ChatAnswer]], None]
+        self,
+        missing: dict[str, ChatRequest],
+        answered: int,
+        put: Callable[[tuple[str, ChatAnswer]], None],
     ) -> None:
+        """Asks what is missing, of a server that has answered so many others before."""
         slots = asyncio.Semaphore(self.concurrency)
-        failures: list[FailedAttemptError] = []
+        failures: dict[str, FailedAttemptError] = {}
         in_a_row = 0
 
         async def ask(key: str, request: ChatRequest) -> None:
-            nonlocal in_a_row
+            nonlocal in_a_row, answered
             async with slots:
                 lost = in_a_row >= max(self.concurrency, _LOST_AFTER)
-                if lost or any(failure.for_all for failure in failures):
+                if lost or any(failure.for_all for failure in failures.values()):
                     return
                 try:
                     response, answer = await self._respond(client, request)
                 except FailedAttemptError as failure:
-                    failures.append(failure)
-                    in_a_row += 1
+                    failures[key] = failure
+                    in_a_row += not (failure.refused and answered)
                     return
             in_a_row = 0
+            answered += 1
             self._cache.add(key, response)
             self._count(answer)
             put((key, answer))
@@ -270,8 +280,23 @@ class ChatAPI:
                     group.create_task(ask(key, request))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        if failures:
-            raise PrefoptError(self._report(failures, missing))
+        refused = sum(failure.refused for failure in failures.values())
+        if refused < len(failures) or refused > answered:
+            raise PrefoptError(self._report(list(failures.values()), missing))
+        self._pass_over(failures, put)
+
+    def _pass_over(
+        self,
+        refused: dict[str, FailedAttemptError],
+        put: Callable[[tuple[str, ChatAnswer]], None],
+    ) -> None:
+        """Gives what the server refuses, though it answers other requests, an empty answer."""
+        self.usage.refused += len(refused)
+        for reason, count in Counter(map(str, refused.values())).most_common(3):
+            told = (self.model, self.base_url, count, reason)
+            logger.warning("%s at %s: %d requests were refused and are unanswered: %s", *told)
+        for key in refused:
+            put((key, ChatAnswer("", {}, 0, 0, "refused")))
 
     def _client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)

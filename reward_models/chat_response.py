@@ -30,7 +30,8 @@ class ChatAnswer:
             none were asked for or none came back.
         prompt_tokens: As the server counted; 0 where it did not say.
         completion_tokens: As the server counted; 0 where it did not say.
-        finish_reason: Such as "stop", "length" or "content_filter".
+        finish_reason: Such as "stop", "length" or "content_filter"; "refused" where there is no
+            answer, because the server takes other requests but not this one.
     """
 
     text: str
@@ -46,6 +47,7 @@ class FailedAttemptError(Exception):
     Attributes:
         passing: Whether the same request may be answered later.
         for_all: Whether every other request will be refused for the same reason.
+        refused: Whether the server does not take what this request holds.
         retry_after: Seconds that the server asks to wait.
     """
 
@@ -55,10 +57,12 @@ class FailedAttemptError(Exception):
         *,
         passing: bool = False,
         for_all: bool = False,
+        refused: bool = False,
         retry_after: float | None = None,
     ) -> None:
         super().__init__(problem)
-        self.passing, self.for_all, self.retry_after = passing, for_all, retry_after
+        self.passing, self.for_all, self.refused = passing, for_all, refused
+        self.retry_after = retry_after
 
 
 Response = tuple[dict[str, Any], ChatAnswer]  # the server's JSON, and what it says
@@ -143,6 +147,7 @@ def _refusal(response: httpx.Response, key: ApiKey) -> FailedAttemptError:
         problem,
         passing=not spent and (status in (408, 409, 429) or status >= 500),
         for_all=spent or status in (401, 404) or response.has_redirect_location,
+        refused=status in (400, 413, 422),
         retry_after=_seconds(response.headers.get("retry-after", "").strip()),
     )
 

@@ -330,8 +330,8 @@ def test_others_go_on_when_one_fails(
     server: FakeChatAPI, make: Callable[..., ChatAPI], tmp_path: Path
 ) -> None:
     bad = [content_of({"model": "judge", "messages": q.messages}) for q in questions(20)[3:5]]
-    server.manners = lambda call: "400" if content_of(call.body) in bad else "slow"
-    with pytest.raises(PrefoptError, match="2 of 20 requests failed: 2 times HTTP 400") as failure:
+    server.manners = lambda call: "403" if content_of(call.body) in bad else "slow"
+    with pytest.raises(PrefoptError, match="2 of 20 requests failed: 2 times HTTP 403") as failure:
         make(concurrency=4).ask(questions(20))
     assert "\n" not in str(failure.value)
     assert str(tmp_path / "cache.jsonl") in str(failure.value)
@@ -340,6 +340,39 @@ def test_others_go_on_when_one_fails(
     server.bodies.clear()
     assert len(make().ask(questions(20))) == 20
     assert len(server.bodies) == 2
+
+
+def test_what_is_refused_for_what_it_holds_is_unanswered(
+    server: FakeChatAPI,
+    make: Callable[..., ChatAPI],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bad = [content_of({"model": "judge", "messages": q.messages}) for q in questions(20)[3:9]]
+    server.manners = lambda call: "400" if content_of(call.body) in bad else None
+    told: list[int] = []
+    api = make(concurrency=2)
+    answers = api.ask(questions(20), lambda index, answer: told.append(index))
+    assert [a.finish_reason == "refused" for a in answers] == [3 <= n < 9 for n in range(20)]
+    assert all(a.text == "" and a.top_log_probs == {} for a in answers[3:9])
+    assert sorted(told) == list(range(20))
+    assert (api.usage.asked, api.usage.refused) == (14, 6)
+    assert "6 requests were refused and are unanswered: HTTP 400: this is why" in caplog.text
+    assert len(lines(tmp_path / "cache.jsonl")) == 14
+    server.bodies.clear()
+    again = make(concurrency=2)  # more in a row than end a run with a server that is gone
+    assert again.ask(questions(20)) == answers
+    assert len(server.bodies) == 6
+    with pytest.raises(PrefoptError, match="6 of 6 requests failed: 6 times HTTP 400"):
+        make(concurrency=8).ask(questions(20)[3:9])
+
+
+def test_a_server_that_refuses_most_is_an_error(
+    server: FakeChatAPI, make: Callable[..., ChatAPI]
+) -> None:
+    server.manners = lambda call: None if call.number < 8 else "400"
+    with pytest.raises(PrefoptError, match="12 of 20 requests failed"):
+        make(concurrency=1).ask(questions(20))
 
 
 def test_a_server_that_is_gone_is_left_in_peace(

@@ -47,6 +47,19 @@ def group_by_prompt(prompts: Sequence[Prompt]) -> list[list[int]]:
     return [*groups.values()]
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text to read: a single message as it is, a conversation with its roles.
+
+    >>> prompt_text([{"role": "user", "content": "moo"}])
+    'moo'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+
+
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
     """Two answers to one prompt.

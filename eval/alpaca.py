@@ -289,7 +289,7 @@ def print_result(result: dict[str, Any]) -> None:
         low, high = bootstrap.get(interval) or (None, None)
         table.add_row(label, *map(_number, (result[key], result[error])), _interval(low, high))
     table.add_row("discrete win rate", _number(result["discrete_win_rate"]), "", "")
-    Console().print(table)
+    Console(markup=False).print(table)
     print(
         f"{result['model']} against {result['baseline']}: {result['n_wins']} wins, "
         f"{result['n_draws']} draws, {result['n_wins_base']} losses; mean length "

@@ -72,7 +72,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         cells.append(f"{own:.0f}{before}" if own is not None else "missing")
         cells += [cell(key, row, "missing") for key in ("steps", "seconds")]
         table.add_row(Text(name), *cells)
-    Console().print(table)
+    Console(markup=False).print(table)
     print("length: characters (the baseline's); LC: length-controlled win rate; KL: nats")
     for name, row in rows.items():
         if "kl_step" in row:

@@ -100,5 +100,5 @@ def print_result(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         numbers = ["–" if row[key] is None else f"{row[key]:.2f}" for key in keys]
         table.add_row(row["model"], *numbers, str(row["avg_length"]), str(row["n_total"]))
-    Console().print(table)
+    Console(markup=False).print(table)
     print(f"written to {result['out']}")

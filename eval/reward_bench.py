@@ -233,10 +233,10 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_section()
         for name, entry in result.get(part, {}).items():
             add(name, entry, longer[part][name])
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for remark in result["remarks"]:
-        console.print(f"[yellow]{remark}[/yellow]")
+        console.print(remark, style="yellow")
 
 
 def _shares_top(item: Item, scores: Sequence[float]) -> bool:

@@ -165,7 +165,7 @@ def print_result(result: dict[str, Any]) -> None:
     for row in result["by_length"]:
         interval = f"{row['low']:.1f}-{row['high']:.1f}"
         table.add_row(row["first answer"], str(row["pairs"]), f"{row['win_rate']:.1f}", interval)
-    Console().print(table)
+    Console(markup=False).print(table)
     if "usage" in result:
         print(usage_line(result["usage"]))
     print(f"written to {result['out']}")

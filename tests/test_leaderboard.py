@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prefopt.cli import main
 from prefopt.errors import DataError, PrefoptError
 from prefopt.eval.annotations import (
     Annotations,
@@ -269,3 +270,13 @@ def test_all_published_rows_are_read():
     path = DATA / "common" / "published_all_models.csv"
     with path.open() as file:
         assert len(read_leaderboard(path)) == len(list(csv.reader(file))) - 1
+
+
+def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"instruction": "a", "output_1": "b", "output_2": "cc", "preference": 1.5}
+    names = {"generator_1": "base", "generator_2": "[/red] fish"}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([row | names | {"instruction": str(n)} for n in range(6)]))
+    out = tmp_path / "leaderboard.csv"
+    assert main(["eval", "leaderboard", str(path), "--out", str(out)]) == 0
+    assert "[/red] fish" in capsys.readouterr().out

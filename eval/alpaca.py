@@ -240,6 +240,7 @@ def _measures(
         "mean_length": float(judged.model_lengths.mean()),
         "baseline_mean_length": float(judged.baseline_lengths.mean()),
         "difficulty_by_position": arguments.difficulty_by_position,
+        "seed": arguments.seed,
     }
     if arguments.bootstrap:
         intervals = bootstrap_length_controlled(

@@ -14,8 +14,9 @@ from prefopt.eval.evaluations import (
     lc_win_rate,
     run_row,
 )
-from prefopt.eval.numbers import duration, label, number
-from prefopt.eval.run_folder import Run
+from prefopt.eval.numbers import LABELS, duration, label, number
+from prefopt.eval.run_folder import Run, is_number
+from prefopt.eval.side_by_side import MAX_CELL, clip
 
 COLUMNS = (
     "win_rate",
@@ -77,7 +78,7 @@ def missing(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def cell(key: str, row: Mapping[str, Any], absent: str = "–") -> str:
     """One value of a run's row as text."""
     value = row.get(key)
-    if value is None:
+    if value is None or (key in LABELS and not is_number(value)):
         return absent
     if key in ("win_rate", "lc_win_rate"):
         ci = interval(row) if key == "win_rate" else None
@@ -154,4 +155,4 @@ def _history(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     ]
     last = evaluations[-1].result
     told = f"{judge_in_words(last.get('judge'))}; baseline: {last.get('baseline')}"
-    return {"head": head, "rows": rows, "facts": told}
+    return {"head": head, "rows": rows, "facts": clip(told, MAX_CELL)}

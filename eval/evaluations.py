@@ -145,7 +145,7 @@ def differences(
             "Whether win rates may be compared is not known: evaluations/baseline.jsonl is missing "
             f"in {', '.join(unknown)}."
         ]
-    judges = {name: judge_in_words(each.result.get("judge")) for name, each in last.items()}
+    judges = {name: judge_in_words(_asked(each)) for name, each in last.items()}
     prompts = {name: _as_key([row.get("prompt") for row in rows]) for name, rows in base.items()}
     answers = {
         name: _as_key([row.get("completion") for row in rows]) for name, rows in base.items()
@@ -159,6 +159,14 @@ def differences(
     elif len(set(answers.values())) > 1:
         sentences.append(_differ("answers of the baselines", answers))
     return sentences
+
+
+def _asked(evaluation: Evaluation) -> object:
+    """The judge; where its weights are known, it is the same wherever it lies."""
+    judge = evaluation.result.get("judge")
+    if isinstance(judge, dict) and "weights" in judge:
+        return {key: value for key, value in judge.items() if key != "path"}
+    return judge
 
 
 def judge_in_words(judge: object) -> str:

@@ -75,7 +75,7 @@ def finish(
     title = plain(title)
     lay_out(figure)
     figure.set_layout_engine(None)  # the layout is made, and saving would make it again
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids stand once on a page of plots
+    with matplotlib.rc_context({"svg.hashsalt": ascii(name)}):  # ids stand once on a page
         svg = _inline(_svg(figure, transparent=True), title)
     _make_room(figure, title, legend)
     image = BytesIO()

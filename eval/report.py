@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def write_page(
         The path of the page.
     """
     path = folder / "report.html"
-    page, drawn = _render(title, runs, summary, rows, remarks, compared)
+    with warnings.catch_warnings():  # names may have letters that the font of PNG files lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        page, drawn = _render(title, runs, summary, rows, remarks, compared)
     save_plots(folder / "plots", drawn)
     # A lone surrogate, which JSON can spell and UTF-8 cannot, must not make the page unwritable.
     atomic_write(path, page.encode(errors="replace"))

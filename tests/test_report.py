@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -235,6 +236,14 @@ def test_new_algorithm_needs_no_code(tmp_path):
     assert "my_new_method" in frontier
     assert "regret" in page.text
     assert "0.125" in page.text
+
+
+def test_names_that_the_font_lacks_are_no_warning(tmp_path):
+    (tmp_path / "summary.json").write_text('{"algorithms": {"日本": {"win_rate": 60.0}}}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text, _ = report(tmp_path)
+    assert "日本" in figures(text)[0]
 
 
 def test_algorithm_keeps_its_colour_everywhere(shown):

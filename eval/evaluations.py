@@ -94,8 +94,8 @@ def run_row(run: Run, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     Returns:
         Of `algorithm`, `win_rate` and `win_rate_ci` (0-100), `lc_win_rate` (0-100), `prompts`,
         `kl` in nats, `mean_length` and `baseline_mean_length` in characters, `seconds` and
-        `steps` those that are known; and `kl_step` where the KL is the last that was logged, of
-        an earlier step than the evaluation.
+        `steps` those that are known; `kl_step` where the KL is the last that was logged, of
+        an earlier step than the evaluation; and `stopped`, why training ended early.
     """
     row: dict[str, Any] = {}
     if isinstance(name := run.summary.get("algorithm"), str):
@@ -114,6 +114,8 @@ def run_row(run: Run, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     logged = run.metrics.get("kl")
     if "kl" not in row and logged:
         row["kl_step"], row["kl"] = [*logged.items()][-1]
+    if isinstance(why := run.summary.get("stopped"), str):
+        row["stopped"] = why
     for key in ("seconds", "steps"):
         if is_number(value := run.summary.get(key)):
             row[key] = value

@@ -58,11 +58,20 @@ def evaluation_part(
         "title": "Runs" if len(runs) > 1 else "Evaluation",
         "head": [label(key) for key in kept],
         "rows": {name: [cell(key, row, "missing") for key in kept] for name, row in known.items()},
-        "notes": missing(known),
+        "notes": [*early_ends(known), *missing(known)],
         "warnings": warnings,
         "figures": [] if warnings else _figures(known, evaluations, styles),
         "histories": {name: _history(found) for name, found in evaluations.items() if found},
     }
+
+
+def early_ends(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which runs ended early, and why."""
+    return [
+        f"{name} ended early: {clip(row['stopped'], MAX_CELL)}."
+        for name, row in rows.items()
+        if "stopped" in row
+    ]
 
 
 def missing(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

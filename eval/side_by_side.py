@@ -15,7 +15,7 @@ from prefopt.eval.run_folder import Run, is_number, read_lines
 
 MAX_ROWS = 200
 MAX_CELL = 2_000
-MAX_BYTES = 900_000  # of the page
+MAX_BYTES = 800_000  # of the page
 CELL_BYTES = 150  # of a cell's tags
 
 

@@ -15,7 +15,7 @@ from prefopt.errors import PrefoptError
 from prefopt.eval.evaluations import differences, read_evaluations, run_row
 from prefopt.eval.numbers import number
 from prefopt.eval.report import write_page
-from prefopt.eval.report_evaluations import cell, missing
+from prefopt.eval.report_evaluations import cell, early_ends, missing
 from prefopt.eval.run_folder import Run, read_run
 
 
@@ -77,7 +77,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     for name, row in rows.items():
         if "kl_step" in row:
             print(f"* {name}: the KL is of step {row['kl_step']:.0f}, the last that was logged")
-    for note in result["missing"]:
+    for note in [*early_ends(rows), *result["missing"]]:
         print(note)
     for sentence in [*result["remarks"], *(f"WARNING: {text}" for text in result["warnings"])]:
         print(sentence, file=sys.stderr)

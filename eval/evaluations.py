@@ -94,8 +94,8 @@ def run_row(run: Run, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     Returns:
         Of `algorithm`, `win_rate` and `win_rate_ci` (0-100), `lc_win_rate` (0-100), `prompts`,
         `kl` in nats, `mean_length` and `baseline_mean_length` in characters, `seconds` and
-        `steps` those that are known; and `kl_step` where the KL is the last that was logged, of
-        an earlier step than the evaluation.
+        `steps` those that are known; `kl_step` where the KL is the last that was logged, of
+        an earlier step than the evaluation; and `stopped`, why training ended early.
     """
     row: dict[str, Any] = {}
     if isinstance(name := run.summary.get("algorithm"), str):
@@ -114,6 +114,8 @@ def run_row(run: Run, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     logged = run.metrics.get("kl")
     if "kl" not in row and logged:
         row["kl_step"], row["kl"] = [*logged.items()][-1]
+    if isinstance(why := run.summary.get("stopped"), str):
+        row["stopped"] = why
     for key in ("seconds", "steps"):
         if is_number(value := run.summary.get(key)):
             row[key] = value
@@ -145,7 +147,7 @@ def differences(
             "Whether win rates may be compared is not known: evaluations/baseline.jsonl is missing "
             f"in {', '.join(unknown)}."
         ]
-    judges = {name: judge_in_words(each.result.get("judge")) for name, each in last.items()}
+    judges = {name: judge_in_words(_asked(each)) for name, each in last.items()}
     prompts = {name: _as_key([row.get("prompt") for row in rows]) for name, rows in base.items()}
     answers = {
         name: _as_key([row.get("completion") for row in rows]) for name, rows in base.items()
@@ -159,6 +161,14 @@ def differences(
     elif len(set(answers.values())) > 1:
         sentences.append(_differ("answers of the baselines", answers))
     return sentences
+
+
+def _asked(evaluation: Evaluation) -> object:
+    """The judge; where its weights are known, it is the same wherever it lies."""
+    judge = evaluation.result.get("judge")
+    if isinstance(judge, dict) and "weights" in judge:
+        return {key: value for key, value in judge.items() if key != "path"}
+    return judge
 
 
 def judge_in_words(judge: object) -> str:

@@ -77,7 +77,7 @@ def _sign_flip(difference: FloatArray, resamples: int, seed: int) -> float:
     # Neither zeros nor the order of rows or models matter to the test: nor may they to the draws.
     moved = difference[difference != 0]
     moved = np.sort(moved if moved.sum() > 0 else -moved)
-    if moved.size == 0:
+    if moved.size < 2:  # of one difference both signs are as far from 0
         return 1.0
     result = stats.permutation_test(
         (moved,),

@@ -10,6 +10,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,7 +75,8 @@ def finish(
     title = plain(title)
     lay_out(figure)
     figure.set_layout_engine(None)  # the layout is made, and saving would make it again
-    svg = _inline(_svg(figure, transparent=True), title)
+    with matplotlib.rc_context({"svg.hashsalt": ascii(name)}):  # ids stand once on a page
+        svg = _inline(_svg(figure, transparent=True), title)
     _make_room(figure, title, legend)
     image = BytesIO()
     figure.savefig(image, format="png", dpi=DPI, facecolor="white")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ MAX_FILE = 20_000
 # of a character at worst.
 FILE_CHARACTERS = 100_000
 MIN_LENGTHS = 10  # answers that make a histogram
+MAX_JUDGES = 12  # on the page
+MAX_SENTENCE = 2_000
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -98,7 +101,9 @@ def write_page(
         The path of the page.
     """
     path = folder / "report.html"
-    page, drawn = _render(title, runs, summary, rows, remarks, compared)
+    with warnings.catch_warnings():  # names may have letters that the font of PNG files lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        page, drawn = _render(title, runs, summary, rows, remarks, compared)
     save_plots(folder / "plots", drawn)
     # A lone surrogate, which JSON can spell and UTF-8 cannot, must not make the page unwritable.
     atomic_write(path, page.encode(errors="replace"))
@@ -120,6 +125,9 @@ def _render(
         rows, baselines = rows_of_evaluations(runs, evaluations, remarks)
     algorithms: dict[str, dict[str, Any]] = summary.get("algorithms", {})
     judges = _judges(summary, runs)
+    if len(judges) > MAX_JUDGES:
+        remarks.append(f"{len(judges) - MAX_JUDGES} judges are left out to keep the page small.")
+        judges = dict(list(judges.items())[:MAX_JUDGES])
     # what the others are compared with stands first, beside the prompt
     answered = dict.fromkeys([*baselines.values(), *(name for row in rows for name in row.answers)])
     trained = [name for name, run in runs.items() if run.metrics]
@@ -147,7 +155,7 @@ def _render(
         facts=_facts(runs),
         styles=styles,
         algorithms=_algorithm_table(algorithms),
-        remark=summary.get("remark", ""),
+        remark=clip(summary.get("remark", ""), MAX_SENTENCE),
         settings=_settings(summary),
         max_points=plots.MAX_POINTS,
         overlaps=[note for name in trained if (note := _overlap(name, runs[name]))],
@@ -157,7 +165,7 @@ def _render(
         samples=page_rows(rows, list(answered)),
         sample_names=list(answered),
         files=_files(runs),
-        remarks=remarks,
+        remarks=[clip(remark, MAX_SENTENCE) for remark in remarks],
         plot_count=len(drawn),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -256,10 +264,14 @@ def _settings(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: _algorithm_table(value["algorithms"])
         | {"exploitable": any("exploitability" in row for row in value["algorithms"].values())}
-        | {"remark": value.get("remark", "")}
+        | {"remark": clip(value.get("remark", ""), MAX_SENTENCE)}
         for name, value in summary.items()
-        if isinstance(value, dict) and isinstance(value.get("algorithms"), dict)
+        if isinstance(value, dict) and _are_objects(value.get("algorithms"))
     }
+
+
+def _are_objects(rows: object) -> bool:
+    return isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
 
 
 def _algorithm_table(algorithms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -320,10 +332,7 @@ def _judge(name: str, values: Mapping[str, Any], style: plots.Style) -> dict[str
         for key, value in values.items()
         if isinstance(value, list)
     }
-    keys = ("confidence", "accuracy", "count")
-    bins = [
-        row for row in tables.pop("calibration", []) if all(is_number(row.get(key)) for key in keys)
-    ]
+    bins = [row for row in tables.pop("calibration", []) if _is_bin(row)]
     return {
         "name": name,
         "facts": {label(k): number(v) for k, v in values.items() if is_number(v)},
@@ -338,6 +347,12 @@ def _judge(name: str, values: Mapping[str, Any], style: plots.Style) -> dict[str
             if rows
         ],
     }
+
+
+def _is_bin(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a calibration table can be drawn."""
+    rates = (row.get(key) for key in ("confidence", "accuracy"))
+    return is_number(row.get("count")) and all(is_number(rate) and 0 <= rate <= 1 for rate in rates)
 
 
 def _files(runs: Mapping[str, Run]) -> list[dict[str, str]]:

@@ -14,8 +14,9 @@ from prefopt.eval.evaluations import (
     lc_win_rate,
     run_row,
 )
-from prefopt.eval.numbers import duration, label, number
-from prefopt.eval.run_folder import Run
+from prefopt.eval.numbers import LABELS, duration, label, number
+from prefopt.eval.run_folder import Run, is_number
+from prefopt.eval.side_by_side import MAX_CELL, clip
 
 COLUMNS = (
     "win_rate",
@@ -58,11 +59,20 @@ def evaluation_part(
         "title": "Runs" if len(runs) > 1 else "Evaluation",
         "head": [label(key) for key in kept],
         "rows": {name: [cell(key, row, "missing") for key in kept] for name, row in known.items()},
-        "notes": missing(known),
+        "notes": [*early_ends(known), *missing(known)],
         "warnings": warnings,
         "figures": [] if warnings else _figures(known, evaluations, styles),
         "histories": {name: _history(found) for name, found in evaluations.items() if found},
     }
+
+
+def early_ends(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which runs ended early, and why."""
+    return [
+        f"{name} ended early: {clip(row['stopped'], MAX_CELL)}."
+        for name, row in rows.items()
+        if "stopped" in row
+    ]
 
 
 def missing(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -78,7 +88,7 @@ def missing(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def cell(key: str, row: Mapping[str, Any], absent: str = "–") -> str:
     """One value of a run's row as text."""
     value = row.get(key)
-    if value is None:
+    if value is None or (key in LABELS and not is_number(value)):
         return absent
     if key in ("win_rate", "lc_win_rate"):
         ci = interval(row) if key == "win_rate" else None
@@ -155,4 +165,4 @@ def _history(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     ]
     last = evaluations[-1].result
     told = f"{judge_in_words(last.get('judge'))}; baseline: {last.get('baseline')}"
-    return {"head": head, "rows": rows, "facts": told}
+    return {"head": head, "rows": rows, "facts": clip(told, MAX_CELL)}

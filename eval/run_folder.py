@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -11,6 +10,7 @@ from typing import Any, TypeGuard
 from prefopt.errors import PrefoptError
 
 Series = dict[float, float]
+LARGEST = 1e300  # what plots can still lay out
 
 
 @dataclass
@@ -53,7 +53,8 @@ def read_run(folder: Path, remarks: list[str]) -> Run | None:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    # some editors begin a file with a byte order mark
+    return path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
 
 
 def read_lines(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def read_object(path: Path, remarks: list[str]) -> dict[str, Any]:
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, too many digits, too many brackets
         return None
     return row if isinstance(row, dict) else None
 
@@ -123,7 +124,7 @@ def _series(folder: Path, rows: list[dict[str, Any]], remarks: list[str]) -> dic
         for name, value in row.items():
             if name in ("step", "epoch") or not _is_measured(value):
                 continue
-            if math.isfinite(value):
+            if is_number(value):
                 series.setdefault(name, {})[step] = float(value)
             else:
                 lost[name] = lost.get(name, 0) + 1
@@ -135,7 +136,7 @@ def _series(folder: Path, rows: list[dict[str, Any]], remarks: list[str]) -> dic
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a JSON value is a finite number, which true and false are not."""
-    return _is_measured(value) and math.isfinite(value)
+    return _is_measured(value) and abs(value) <= LARGEST
 
 
 def _is_measured(value: object) -> TypeGuard[float]:

@@ -15,8 +15,8 @@ from prefopt.eval.run_folder import Run, is_number, read_lines
 
 MAX_ROWS = 200
 MAX_CELL = 2_000
-MAX_BYTES = 900_000  # of the page
-CELL_BYTES = 140  # of a cell's tags
+MAX_BYTES = 800_000  # of the page
+CELL_BYTES = 150  # of a cell's tags
 
 
 @dataclass
@@ -53,7 +53,7 @@ def rows_of_evaluations(
         One row a prompt and sample, and the name of each run's baseline among the answers: one for
         all of them where they share it.
     """
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, str], Row] = {}
     shared: dict[str, str] = {}
     names: dict[str, str] = {}
     for name, found in evaluations.items():
@@ -78,8 +78,8 @@ def rows_of_evaluations(
     return list(rows.values()), names
 
 
-def _key(line: Mapping[str, Any]) -> tuple[str, int]:
-    return json.dumps(line.get("prompt"), sort_keys=True), line.get("sample", 0)
+def _key(line: Mapping[str, Any]) -> tuple[str, str]:
+    return json.dumps(line.get("prompt"), sort_keys=True), json.dumps(line.get("sample", 0))
 
 
 def _as_text(prompt: Any) -> Any:

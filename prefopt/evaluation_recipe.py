@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,16 +89,26 @@ def read_evaluation_data(section: EvalSection) -> EvaluationData:
         raise PrefoptError(f"eval.baseline: {error}") from error
     missing = [prompt for prompt in prompts if (_key(prompt), 0) not in answers]
     if missing:
+        there = (_key(_other_form(missing[0])), 0) in answers
+        form = "plain text" if isinstance(missing[0], str) else "a conversation"
         raise PrefoptError(
             f"eval.baseline: {section.baseline} has no answer to {len(missing)} of the "
             f"{len(prompts)} prompts in {section.prompts}, such as "
             f"{prompt_text(missing[0])[:60]!r}; expected one to each"
+            + (f" (only the prompt in {section.prompts} is {form}; use one form)" if there else "")
         )
     return EvaluationData(prompts, [answers[_key(prompt), 0].text for prompt in prompts])
 
 
 def _key(prompt: Prompt) -> str:
     return json.dumps(prompt, sort_keys=True)
+
+
+def _other_form(prompt: Prompt) -> Prompt:
+    """Plain text as a conversation of one turn, and the reverse."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return prompt_text(prompt)
 
 
 # --- the judge -----------------------------------------------------------------------------------
@@ -151,7 +162,8 @@ def trains_with(recipe: Recipe) -> bool:
     judge, own = recipe.judge, judge_section(recipe)
     if not asks or judge is None:
         return False
-    return (own.kind, own.path, own.dtype) == (judge.kind, judge.path, judge.dtype)
+    same_path = os.path.abspath(str(own.path)) == os.path.abspath(judge.path)
+    return same_path and (own.kind, own.dtype) == (judge.kind, judge.dtype)
 
 
 def load_for_evaluation(recipe: Recipe, trainer: Trainer) -> tuple[Judge, dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -56,6 +57,7 @@ from prefopt.trainers.base import (
     CompleteCheckpoints,
     TreeTrainerConfig,
     last_complete_checkpoint,
+    seconds_until,
 )
 from prefopt.trainers.pair_rounds import PairRoundTrainer
 from prefopt.trainers.pairs import pair_dataset
@@ -329,9 +331,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     set_seed(recipe.seed)
     try:
         trainer = make_trainer(recipe, args, tokenizer, rows, task)
-        outcome = trainer.train(
-            resume_from_checkpoint=_as_text(last_complete_checkpoint(folder / "checkpoints"))
-        )
+        checkpoint = last_complete_checkpoint(folder / "checkpoints")
+        before = seconds_until(checkpoint)
+        trainer.started = time.monotonic() - before
+        outcome = trainer.train(resume_from_checkpoint=_as_text(checkpoint))
     except ImportError as error:
         raise PrefoptError(f"a package is missing for this recipe: {error}") from error
     result = {
@@ -339,7 +342,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "rows": len(rows.train),
         "dropped": vars(rows.train.dropped) | rows.invalid,
         "steps": trainer.state.global_step,
-        "seconds": outcome.metrics["train_runtime"],
+        "seconds": before + outcome.metrics["train_runtime"],
     }
     if trainer.eval_dataset is not None:
         report = JUDGE_REPORTS.get(recipe.trainer.algorithm)
@@ -380,6 +383,7 @@ def make_config(recipe: Recipe) -> Any:
         "bf16": bf16 and not recipe.trainer.options.get("fp16"),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,  # the bar is ours
+        "log_level_replica": "error",  # as the main process, which is told by the command
         **trainer_options(recipe),
     }
     if in_rounds(recipe.trainer.algorithm):

@@ -66,6 +66,30 @@ def test_different_judges_are_warned_of_loudly(tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["warnings"]) == 1
 
 
+def test_judge_that_was_moved_is_the_same_judge(tmp_path):
+    runs = []
+    for name in ("one", "two"):
+        runs.append(evaluated(tmp_path / name, judge=f"runs/{name}"))
+        for path in runs[-1].glob("evaluations/*/result.json"):
+            result = json.loads(path.read_text())
+            result["judge"]["weights"] = "a hash"
+            path.write_text(json.dumps(result))
+    assert compare_runs([str(run) for run in runs])["warnings"] == []
+    path.write_text(json.dumps(result | {"judge": result["judge"] | {"weights": "another"}}))
+    (told,) = compare_runs([str(run) for run in runs])["warnings"]
+    assert "judges differ" in told
+
+
+def test_early_end_is_told_with_its_reason(tmp_path, capsys):
+    one = evaluated(tmp_path / "one")
+    summary = json.loads((one / "summary.json").read_text())
+    (one / "summary.json").write_text(json.dumps(summary | {"stopped": "it <got> worse"}))
+    assert main(["compare", str(one), "--out", str(tmp_path / "out")]) == 0
+    assert "one ended early: it <got> worse." in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "one ended early: it &lt;got&gt; worse." in page
+
+
 def test_page_of_a_comparison(tmp_path):
     one = evaluated(tmp_path / "a" / "dpo")
     two = evaluated(tmp_path / "b" / "dpo", rates=(50.0, 75.0))

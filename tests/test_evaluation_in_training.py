@@ -496,6 +496,7 @@ def test_a_run_that_got_worse_ends(name: str, tmp_path: Path) -> None:
         ((0.6, [0.9] * 4 + [0.1] * 4, 0.6, 0.6), 5, 4),  # 10 below, but the prompts disagree
         ((0.6, [0.3] * 7 + [0.6], 0.6, 0.6), 5, 2),
         ((0.6, [0.1] * 5 + [0.6] * 3, 0.6, 0.6), 5, 4),  # five falls may be noise: p = 1/16
+        ((0.6, [0.1] + [0.6] * 7, 0.6, 0.6), 5, 4),  # and one says nothing
     ],
 )
 def test_only_a_fall_that_is_large_and_no_noise_ends_a_run(

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from prefopt.check import check
 from prefopt.errors import PrefoptError
+from prefopt.evaluation_recipe import read_evaluation_data, trains_with
 from prefopt.models.load import load_reward_model
-from prefopt.recipe import load_recipe
+from prefopt.recipe import EvalSection, load_recipe
 from prefopt.reward_models import load_judge
 from prefopt.train import read_recipe, train
 from prefopt.world import WorldPaths, build_world
@@ -213,6 +214,29 @@ def test_a_file_of_answers_is_the_baseline(recipe: Path, world: WorldPaths, tmp_
         f"eval.baseline: {path} has no answer to 9 of the 10 prompts in {world.prompts}, such as "
     )
     assert not (tmp_path / "other").exists()
+
+
+def test_a_baseline_whose_prompts_have_another_form_is_told(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "Name a fruit."}]
+    files = {"plain": "Name a fruit.", "chat": turn}
+    for name, prompt in files.items():
+        (tmp_path / name).with_suffix(".jsonl").write_text(
+            json.dumps({"prompt": prompt, "completion": "An apple."}) + "\n"
+        )
+    for asked, answered, form in (("plain", "chat", "plain text"), ("chat", "plain", "a conv")):
+        prompts, baseline = (str(tmp_path / f"{name}.jsonl") for name in (asked, answered))
+        with pytest.raises(PrefoptError, match=f"only the prompt in .*{asked}.jsonl is {form}"):
+            read_evaluation_data(EvalSection(prompts=prompts, baseline=baseline))
+
+
+def test_a_judge_is_the_same_by_another_path(
+    recipe: Path, judges: dict[str, Path], tmp_path: Path
+) -> None:
+    path = judges["another"]
+    for own, same in ((path, True), (path / ".." / path.name, True), (path.parent, False)):
+        options = ["trainer.algorithm=online_dpo", f"judge={{kind: reward_model, path: {path}}}"]
+        read = read_recipe(recipe, [*options, f"eval.judge={{kind: reward_model, path: {own}}}"])
+        assert trains_with(read) is same
 
 
 # --- what is refused, and what is said -----------------------------------------------------------

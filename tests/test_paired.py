@@ -38,6 +38,13 @@ def test_equal_preferences_say_nothing_with_certainty(n):
     assert result.ci[0] < 0 < result.ci[1]
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_one_difference_shows_nothing(n):
+    found = paired_comparison([0.9] + [0.5] * (n - 1), [0.5] * n)
+    assert found.p_value == 1
+    assert found.difference == pytest.approx(40 / n)
+
+
 def test_instructions_without_a_difference_do_not_change_the_p_value():
     a, b = soft(40, 0)
     longer = paired_comparison([*a, *[0.5] * 60], [*b, *[0.5] * 60])

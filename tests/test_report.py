@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def test_plots_are_well_formed_and_take_the_pages_ink(shown):
         assert root.get("role") == "img"
         assert "#000000" not in svg
         assert "#010203" not in svg
+
+
+def test_ids_stand_once(shown):
+    ids = re.findall(r' id="([^"]+)"', shown[0])
+    assert len(ids) > 20
+    assert len(set(ids)) == len(ids)
 
 
 def test_hostile_answers_stay_text(shown):
@@ -168,6 +175,57 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     assert "run: values that are not finite, not drawn: loss (2)." in page.text
 
 
+def test_numbers_and_lines_beyond_all_bounds_are_left_out(tmp_path):
+    lines = [
+        '{"step": 1, "loss": 1.0}',
+        '{"step": 2, "loss": 1' + 400 * "0" + "}",  # no float
+        '{"step": 3, "loss": 1' + 5000 * "0" + "}",  # more digits than Python reads
+        '{"step": 4, "loss": -1e308}',  # the axis would not fit into a float
+        100_000 * "[",
+        '{"step": 5, "loss": 0.5}',
+    ]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    text, page = report(run)
+    assert "run: values that are not finite, not drawn: loss (2)." in page.text
+    assert "run/metrics.jsonl: 2 of 6 lines are not JSON objects; left out." in page.text
+    assert len(figures(text)) == 1
+
+
+def test_byte_order_mark_is_no_fault(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", training())
+    (tmp_path / "summary.json").write_text('{"seed": 3}')
+    plain = report(tmp_path)[0]
+    for path in (tmp_path / "metrics.jsonl", tmp_path / "summary.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert report(tmp_path)[0] == plain
+
+
+def test_values_of_another_kind_are_not_shown(tmp_path):
+    bins = [{"confidence": 0.7, "accuracy": a, "count": 9} for a in (0.6, 1.2, -0.1)]
+    found = {
+        "algorithms": {"dpo": {"win_rate": "high", "seconds": []}, "sft": {"win_rate": 50.5}},
+        "judge": {"calibration": bins},
+        "setting": {"algorithms": {"dpo": 3}},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    _, page = report(tmp_path)
+    assert "50.5" in page.text
+    assert len((tmp_path / "plots" / "calibration-judge.csv").read_text().splitlines()) == 2
+
+
+def test_many_judges_and_long_descriptions_stay_under_three_megabytes(tmp_path):
+    folder = evaluated(tmp_path, rates=(60.0,), judge="judge " * 600_000)
+    bins = [{"confidence": 0.5 + k / 100, "accuracy": 0.6, "count": 9} for k in range(40)]
+    judges = {f"judge {n}": {"calibration": bins} for n in range(100)}
+    found = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(found | judges))
+    text, page = report(folder)
+    assert len(text.encode()) < 3_000_000
+    assert "88 judges are left out to keep the page small." in page.text
+
+
 def test_new_algorithm_needs_no_code(tmp_path):
     found = summary()
     found["algorithms"]["my_new_method"] = {"win_rate": 71.0, "kl": 2.5, "regret": 0.125}
@@ -178,6 +236,14 @@ def test_new_algorithm_needs_no_code(tmp_path):
     assert "my_new_method" in frontier
     assert "regret" in page.text
     assert "0.125" in page.text
+
+
+def test_names_that_the_font_lacks_are_no_warning(tmp_path):
+    (tmp_path / "summary.json").write_text('{"algorithms": {"日本": {"win_rate": 60.0}}}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text, _ = report(tmp_path)
+    assert "日本" in figures(text)[0]
 
 
 def test_algorithm_keeps_its_colour_everywhere(shown):
@@ -344,6 +410,14 @@ def test_answers_of_an_evaluation_stand_beside_the_baselines(tmp_path):
     assert text.index("</span>baseline") < text.index("</span>run</th>")
     # "so it is" has 8 characters; 29 and eleven times 18 are 227 / 12 = 18.9 on average
     assert "+136 %" in page.text
+
+
+def test_sample_of_any_kind_is_a_name(tmp_path):
+    folder = evaluated(tmp_path / "run", rates=(60.0,))
+    path = folder / "evaluations" / "0001" / "answers.jsonl"
+    path.write_text(path.read_text() + '{"prompt": "p", "sample": [1], "completion": "odd one"}\n')
+    _, page = report(folder)
+    assert "odd one" in page.text
 
 
 def test_runs_with_the_same_baseline_share_its_column(tmp_path):

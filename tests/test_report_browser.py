@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_folders import evaluated
+from report_folders import evaluated, write_lines
 
 from prefopt.eval.report import write_report
 
@@ -57,7 +57,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
-    for name in ("one", "two_with_quite_a_long_name_that_has_no_spaces"):
+    for name in ("one", "two_with_a_name_of_no_spaces_" + 8 * "and_long_as_it_is_"):
         evaluated(folder / name, answers=HOSTILE)
     return write_report(folder)
 
@@ -165,11 +165,23 @@ def test_phone_has_no_sideways_scrolling(look, name, request):
     width, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert inner == 360
     assert width <= inner
+    # however long a name is, a number stands beside it without scrolling
+    number = page.locator("td.name + td").first.bounding_box()
+    assert number["x"] + number["width"] <= 360
     # answers stand below each other, each under its name
     cells = page.locator("#samples tr").first.locator("td").all()
     boxes = [cell.bounding_box() for cell in cells]
     assert all(box["x"] + box["width"] <= 360 for box in boxes)
     assert all(a["y"] + a["height"] <= b["y"] + 1 for a, b in pairwise(boxes))
+
+
+def test_right_to_left_text_begins_at_the_right(look, tmp_path):
+    row = {"prompt": "שלום, עולם", "answers": {"dpo": "Hello"}}
+    write_lines(tmp_path / "samples.jsonl", [row])
+    page = look(write_report(tmp_path))
+    parts = page.locator("#samples .text").all()
+    directions = [part.evaluate("part => getComputedStyle(part).direction") for part in parts]
+    assert directions == ["rtl", "ltr"]
 
 
 def test_dark_mode_has_other_colours_for_page_text_and_plots(look, single):

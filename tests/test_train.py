@@ -207,6 +207,10 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "final").exists(), "the run ended before it could be killed"
+    for marker in killed.glob("checkpoints/*/complete.json"):
+        facts = json.loads(marker.read_text())
+        assert 0 < facts["seconds"] < 1000
+        marker.write_text(json.dumps(facts | {"seconds": facts["seconds"] + 1000}))
     subprocess.run(command(killed), check=True, env=environment)
     a, b = (load_file(run / "final" / "model.safetensors") for run in (whole, killed))
     assert a.keys() == b.keys()
@@ -216,6 +220,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
         for run in (whole, killed)
     ]
     assert lines[0] == lines[1]
+    # the time of a run is that of all its processes
+    assert json.loads((killed / "summary.json").read_text())["seconds"] > 1000
 
 
 def prompts_and_answers(world: WorldPaths) -> tuple[list, list[str], list[str]]:

@@ -134,6 +134,7 @@ class CompleteCheckpoints(Trainer):
             )
             args._n_gpu = 1  # nn.DataParallel cannot split trees
         super().__init__(args=args, **kwargs)
+        self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)
 
     def get_batch_samples(
@@ -181,7 +182,8 @@ class CompleteCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync_tree(folder)
-            atomic_write(folder / COMPLETE_MARKER, json.dumps({"step": step}))
+            facts = {"step": step, "seconds": time.monotonic() - self.started}
+            atomic_write(folder / COMPLETE_MARKER, json.dumps(facts))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -436,6 +438,14 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end; half-written ones are passed over."""
     found = [p.parent for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def seconds_until(checkpoint: Path | None) -> float:
+    """How long training took to a checkpoint, in all processes that led there; 0 without one."""
+    if checkpoint is None:
+        return 0.0
+    facts = json.loads((checkpoint / COMPLETE_MARKER).read_text())
+    return float(facts.get("seconds", 0.0))
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -32,9 +32,9 @@ from prefopt.data.tokenize import Ragged, tokenize_prompts
 from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.eval.head_to_head import head_to_head
-from prefopt.eval.paired import paired_comparison
 from prefopt.eval.win_rate import FloatArray
 from prefopt.evaluation_kl import KL_PROMPTS, kl_from_start, measures_kl
+from prefopt.evaluation_stop import reason_to_stop
 from prefopt.generate import completion_row
 from prefopt.judge import Judge
 from prefopt.models.forward import unwrap_peft
@@ -51,7 +51,6 @@ from prefopt.trainers.sharding import check_gathers
 
 logger = logging.getLogger(__name__)
 
-NOISE = 0.05  # the p-value from which on a fall may be noise
 # a judge, and all that its answers depend on, for the records
 LoadJudge = Callable[[Trainer], tuple[Judge, dict[str, Any]]]
 
@@ -373,25 +372,14 @@ class Evaluation:
 
     def _reason_to_stop(self, done: int) -> str | None:
         """Why training is to end after an evaluation, as the evaluations on disk say."""
-        limit, results = self.task.stop_on_drop, self._results(done)
-        if limit is None:
+        if self.task.stop_on_drop is None:
             return None
-        *earlier, now = [(result, self._preferences(result["after"])) for result in results]
+        results = self._results(done)
+        found = [(result, self._preferences(result["after"])) for result in results]
         if self.task.baseline is None:  # over itself the start wins half of the time
-            start = {"after": 0, "win_rate": 50.0}
-            earlier.insert(0, (start, np.full(len(self.prompt_ids), 0.5)))
-        if not earlier:
-            return None
-        best = max(earlier, key=lambda each: each[0]["win_rate"])
-        # by prompt, which leaves out how hard prompts are
-        fall = paired_comparison(best[1], now[1])
-        if fall.difference < limit or fall.p_value >= NOISE:
-            return None
-        return (
-            f"after {self.unit} {done} the win rate is {now[0]['win_rate']:.1f}; on the same "
-            f"prompts it was {fall.difference:.1f} points higher after {self.unit} "
-            f"{best[0]['after']} (p = {fall.p_value:.2g}), and stop_on_drop is {limit:g}"
-        )
+            start = {"after": 0, "unit": self.unit, "win_rate": 50.0}
+            found.insert(0, (start, np.full(len(self.prompt_ids), 0.5)))
+        return reason_to_stop(found, self.task.stop_on_drop)
 
     def _results(self, done: int) -> list[dict[str, Any]]:
         """The results of the evaluations up to a number of rounds or epochs."""

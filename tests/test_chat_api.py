@@ -350,6 +350,7 @@ def test_what_is_refused_for_what_it_holds_is_unanswered(
 ) -> None:
     bad = [content_of({"model": "judge", "messages": q.messages}) for q in questions(20)[3:9]]
     server.manners = lambda call: "400" if content_of(call.body) in bad else None
+    caplog.set_level(logging.WARNING, logger="prefopt")
     told: list[int] = []
     api = make(concurrency=2)
     answers = api.ask(questions(20), lambda index, answer: told.append(index))

@@ -149,6 +149,7 @@ def test_the_judge_that_training_asks_judges_unless_another_is_named(
         "trainer.algorithm=online_dpo", "trainer.rounds=2", "trainer.num_train_epochs=1",
         f"judge={{kind: reward_model, path: {judges['another']}}}",
     ]  # fmt: skip
+    caplog.set_level(logging.INFO, logger="prefopt")
     own = run(recipe, *online, f"run_dir={tmp_path}/own")["evaluations"]
     assert "optimistic" not in caplog.text
     shared = run(recipe, *online, "eval.judge=null", f"run_dir={tmp_path}/shared")["evaluations"]
@@ -297,7 +298,7 @@ def test_a_section_that_changed_is_refused_once_the_run_has_begun(
 def test_a_judge_that_is_trained_is_not_evaluated(
     recipe: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="prefopt")
     summary = run(recipe, "trainer.algorithm=reward_model", "trainer.max_steps=1")
     assert "evaluations" not in summary
     assert "eval is not used by reward_model" in caplog.text

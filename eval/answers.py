@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from prefopt.errors import DataError, PrefoptError
 from prefopt.generate import Generator, completion_row
 from prefopt.rollout.engine import Completion, SamplingSettings
 from prefopt.rounds.log_probs import weights_fingerprint
-from prefopt.rounds.storage import atomic_write, read_appended
+from prefopt.rounds.storage import atomic_write, digest, read_appended
+from prefopt.rounds.store import json_lines, write_lines
 
 Key = tuple[str, int]
 
@@ -251,7 +251,7 @@ def sample_to_file(
     parts = [settings] if isinstance(settings, SamplingSettings) else list(settings)
     record = {
         "weights": weights_fingerprint(generator.engine.model),
-        "prompts": sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
+        "prompts": digest(prompts),
         "sampling": [asdict(part) for part in dict.fromkeys(parts)],
         "chat_template": generator.tokenizer.chat_template,
     }
@@ -274,7 +274,7 @@ def sample_to_file(
                     {"index": index, **completion_row(prompts[index], sample, completion)}
                     for sample, completion in enumerate(completions)
                 ]
-                file.write(_as_lines(groups[index]))
+                file.write(json_lines(groups[index]))
                 file.flush()
 
             generator.answer(
@@ -285,11 +285,7 @@ def sample_to_file(
 
 
 def _write_rows(path: Path, groups: dict[int, list[dict[str, Any]]]) -> None:
-    atomic_write(path, "".join(_as_lines(groups[index]) for index in sorted(groups)))
-
-
-def _as_lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_lines(path, [row for index in sorted(groups) for row in groups[index]])
 
 
 def _check_record(path: Path, found: dict[str, Any], record: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from prefopt.eval.questions import (
 from prefopt.eval.style import style_differences, style_of
 from prefopt.reward_models.chat_api import ChatAPI
 from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.store import write_lines
 from prefopt.run_folder import environment
 
 TEMPLATE = "arena"
@@ -66,8 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         lambda model: _answered(model, questions, arguments, out / "answers"),
     )
     lines = _play(api, questions, baseline, players, arguments.judge_max_tokens)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic_write(out / "judgments.jsonl", text)
+    write_lines(out / "judgments.jsonl", lines)
     battles = _battles(lines, questions, baseline, players)
     if not played(battles):
         raise PrefoptError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from prefopt.reward_models.chat_api import ChatAnswer, ChatAPI, ChatRequest
+from prefopt.rounds.storage import digest
 
 FOLDER = Path(__file__).parent / "templates"
 
@@ -28,7 +28,7 @@ def render(template: str, **values: Any) -> str:
         template: The name of a file in ``templates/``, without its suffix.
         **values: What the template asks for.
     """
-    boundary = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    boundary = digest(values)[:12]
     filled = _environment().get_template(f"{template}.jinja").render(boundary=boundary, **values)
     return filled.strip()
 

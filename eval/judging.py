@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from prefopt.reward_models import load_judge
 from prefopt.reward_models.api_judge import ApiJudge
 from prefopt.reward_models.chat_api import ChatAPI
 from prefopt.rounds.log_probs import weights_fingerprint
-from prefopt.rounds.storage import read_appended
+from prefopt.rounds.storage import digest, read_appended
 
 # pairs judged before they are written down
 SHARD = 64
@@ -179,4 +178,4 @@ def _judge_kept(
 
 
 def _key(record: dict[str, Any], *pair: object) -> str:
-    return sha256(json.dumps([record, *pair], sort_keys=True).encode()).hexdigest()
+    return digest([record, *pair])

@@ -30,12 +30,12 @@ from prefopt.eval.questions import (
     Player,
     Question,
     describe_questions,
-    digest,
     players_of,
     read_questions,
 )
 from prefopt.reward_models.chat_api import ChatAnswer, ChatAPI
-from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.storage import atomic_write, digest
+from prefopt.rounds.store import write_lines
 from prefopt.run_folder import environment
 
 TEMPLATES = {"single": "mt_bench_single", "pairwise": "mt_bench_pair"}
@@ -108,8 +108,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         lines, models = _compare(exam, players[0], players[1:])
     else:
         lines, models = _rate(exam, players, arguments.seed)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic_write(out / "judgments.jsonl", text)
+    write_lines(out / "judgments.jsonl", lines)
     if all(parts["all"][SCORES[arguments.mode]] is None for parts in models.values()):
         raise PrefoptError(
             f"{out / 'judgments.jsonl'}: nothing that the judge says could be read; look there for "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from prefopt.eval.answers import (
 )
 from prefopt.eval.questions import Player, Question, read_player
 from prefopt.rollout.engine import SamplingSettings
-from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.store import write_lines
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # all others: 0
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -79,7 +78,7 @@ def write_answers(path: Path, player: Player, questions: Sequence[Question]) -> 
         {"question_id": q.id, "model_id": player.name, "choices": [{"index": 0, "turns": turns}]}
         for q, turns in zip(questions, player.answers, strict=True)
     ]
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_lines(path, rows)
 
 
 def read_references(

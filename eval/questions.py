@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from prefopt.data.rows import prompt_text
 from prefopt.data.sources import Row, read_rows
 from prefopt.errors import DataError, PrefoptError
 from prefopt.eval.answers import file_name, is_answers_file, model_name, read_answers
+from prefopt.rounds.storage import digest
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,6 @@ def describe_questions(path: str | Path, questions: Sequence[Question]) -> dict[
     """What a record of an evaluation says of its questions."""
     asked = [asdict(question) for question in questions]
     return {"path": str(path), "sha256": digest(asked), "count": len(questions)}
-
-
-def digest(value: Any) -> str:
-    """The sha256 of plain values, in hexadecimal digits."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def players_of(
@@ -178,18 +173,10 @@ def _by_text(path: str | Path, questions: Sequence[Question], turns: int) -> Pla
             'turns as FastChat writes them: {"question_id", "model_id", "choices"}'
         )
     answers = read_answers(path)
-    texts = {
-        row.prompt if isinstance(row.prompt, str) else _single(row.prompt): row.text
-        for row in answers.rows
-        if row.sample == 0
-    }
+    texts = {prompt_text(row.prompt): row.text for row in answers.rows if row.sample == 0}
     found = [texts.get(question.turns[0]) for question in questions]
     turns_of = [None if text is None else [text] for text in found]
     return Player(answers.name, str(path), _all(path, questions, turns_of))
-
-
-def _single(messages: Sequence[dict[str, str]]) -> str | None:
-    return messages[0]["content"] if len(messages) == 1 else None
 
 
 def _all(

@@ -39,6 +39,7 @@ from prefopt.eval.reward_bench_scores import (
 from prefopt.eval.win_rate import FloatArray
 from prefopt.judge import Judge
 from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.store import write_lines
 from prefopt.run_folder import environment
 
 Scores = Sequence[Sequence[float]]  # of each row the score of each answer
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "environment": environment(),
     }
-    atomic_write(out / "rows.jsonl", "".join(map(_line, items, scores)))
+    write_lines(out / "rows.jsonl", map(_row, items, scores))
     atomic_write(out / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
@@ -247,6 +248,5 @@ def _compares_only(judge: Judge) -> bool:
     return getattr(judge, "compares_only", False)
 
 
-def _line(item: Item, scores: Sequence[float]) -> str:
-    row = {"id": item.id, "subset": item.subset, "right": item.right, "scores": list(scores)}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _row(item: Item, scores: Sequence[float]) -> dict[str, Any]:
+    return {"id": item.id, "subset": item.subset, "right": item.right, "scores": list(scores)}

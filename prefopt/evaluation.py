@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,8 @@ from prefopt.models.forward import unwrap_peft
 from prefopt.rollout.engine import Completion, SamplingSettings, check_prompts
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.sampling import Player
-from prefopt.rounds.storage import atomic_write, remove_partial
-from prefopt.rounds.store import read_lines, round_folder
+from prefopt.rounds.storage import atomic_write, digest, remove_partial
+from prefopt.rounds.store import json_lines, read_lines, round_folder
 from prefopt.trainers.base import CompleteCheckpoints
 from prefopt.trainers.players import live_policy, player
 from prefopt.trainers.reference import progress_bar
@@ -125,9 +124,9 @@ class Evaluation:
         self.unit = "round" if isinstance(trainer, RoundTrainer) else "epoch"
         self.facts = {
             "weights": weights,
-            "prompts": _hash(self.prompt_ids),
+            "prompts": digest(self.prompt_ids),
             "sampling": asdict(task.sampling),
-            "baseline": "start" if task.baseline is None else _hash(task.baseline),
+            "baseline": "start" if task.baseline is None else digest(task.baseline),
         }
         self.last: int | None = None  # the number of rounds or epochs that was evaluated last
         self.stopped: str | None = None  # why training was ended
@@ -163,7 +162,7 @@ class Evaluation:
             {"prompt": p, "sample": 0, "completion": c, "finish_reason": None, "tokens": None}
             for p, c in zip(self.task.prompts, self.task.baseline, strict=True)
         ]
-        self._write(baseline, _as_lines(rows))
+        self._write(baseline, json_lines(rows))
         if not resumed:
             self.evaluate(0)
 
@@ -263,7 +262,7 @@ class Evaluation:
             "judge": self.facts["judge"],
             "baseline": self.task.baseline_name,
         }
-        self._write(folder / "preferences.jsonl", _as_lines(rows))
+        self._write(folder / "preferences.jsonl", json_lines(rows))
         self._write(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
     def _answer(self, path: Path, samples: Path | None = None) -> list[str]:
@@ -282,10 +281,10 @@ class Evaluation:
             if samples is not None:
                 drawn = enumerate(made[count:])
                 self._write(
-                    samples, _as_lines([{"prompt": n, "token_ids": c.token_ids} for n, c in drawn])
+                    samples, json_lines([{"prompt": n, "token_ids": c.token_ids} for n, c in drawn])
                 )
             pairs = zip(self.task.prompts, made[:count], strict=True)
-            self._write(path, _as_lines([completion_row(p, 0, c) for p, c in pairs]))
+            self._write(path, json_lines([completion_row(p, 0, c) for p, c in pairs]))
         return [row["completion"] for row in read_lines(path)]
 
     def _generate(self, asked: Sequence[tuple[int, SamplingSettings]]) -> list[Completion]:
@@ -439,11 +438,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _hash(values: Any) -> str:
-    return sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _as_lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

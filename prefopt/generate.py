@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from prefopt.errors import PrefoptError
 from prefopt.models.load import load_policy, load_tokenizer
 from prefopt.rollout.engine import Completion, Done, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
-from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.store import write_lines
 
 
 class Generator:
@@ -124,12 +123,12 @@ def write_completions(
     path: Path, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]
 ) -> None:
     """One JSON line an answer: prompt, sample, completion (text), finish_reason, tokens."""
-    lines = [
-        json.dumps(completion_row(prompt, sample, answer), ensure_ascii=False)
+    rows = [
+        completion_row(prompt, sample, answer)
         for prompt, group in zip(prompts, answers, strict=True)
         for sample, answer in enumerate(group)
     ]
-    atomic_write(path, "".join(line + "\n" for line in lines))
+    write_lines(path, rows)
 
 
 def completion_row(prompt: Prompt, sample: int, answer: Completion) -> dict[str, Any]:

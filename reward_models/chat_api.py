@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import random
@@ -36,6 +35,7 @@ from prefopt.reward_models.chat_response import (
     read_answer,
     read_response,
 )
+from prefopt.rounds.storage import digest
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class ChatAPI:
             "top_logprobs": request.top_logprobs,
             "sample": request.sample,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return digest(parts)
 
     def _recall(self, key: str) -> ChatAnswer:
         try:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def digest(value: Any) -> str:
+    """The sha256 of plain values, in hexadecimal digits: what something is kept or known under."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_appended(path: Path) -> list[Any]:

@@ -128,7 +128,12 @@ def read_judgements(path: Path) -> dict[int, Judgement]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Stores rows as JSON lines; numbers come back as they were, to the last bit."""
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(path, json_lines(rows))
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as the text of a file of JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -215,6 +215,17 @@ class EvalSection(Section):
     stop_on_drop: Annotated[float, Field(gt=0, le=100)] | None = None  # points of the win rate
 
 
+class GuardsSection(Section):
+    """What a run watches for while it trains; where it is found, the run saves and ends."""
+
+    action: Literal["stop", "warn"] = "stop"
+    max_kl: Annotated[float, Field(gt=0)] | None = None  # nats from the initial policy
+    max_mean_length: Annotated[float, Field(gt=0)] | None = None  # tokens of a completion
+    min_finished: Annotated[float, Field(gt=0, le=1)] | None = None  # share of samples with EOS
+    equal_scores: Count | None = 3  # rounds in a row in which the judge tells no sample apart
+    over_optimisation: bool = True  # the judge is pleased more and more, that of `eval` is not
+
+
 class Recipe(Section):
     """Everything a run is made of."""
 
@@ -229,6 +240,7 @@ class Recipe(Section):
     )
     trainer: TrainerSection
     eval: EvalSection | None = None
+    guards: GuardsSection = GuardsSection()
 
     def resolved(self) -> dict[str, Any]:
         """Returns the recipe as plain values, sections in a fixed order, defaults spelled out.

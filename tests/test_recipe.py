@@ -398,6 +398,7 @@ def test_resolved_is_plain_complete_and_ordered(recipe_file: Path) -> None:
     resolved = recipe.resolved()
     assert list(resolved) == [
         "name", "run_dir", "seed", "model", "data", "judge", "rollout", "trainer", "eval",
+        "guards",
     ]  # fmt: skip
     assert list(resolved["trainer"]) == ["algorithm", "a", "beta"]
     assert resolved["model"]["lora"]["alpha"] == 32.0

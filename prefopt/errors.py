@@ -4,7 +4,16 @@ from __future__ import annotations
 
 
 class PrefoptError(Exception):
-    """Something the user can put right: the message says what, where and how, on one line."""
+    """Something the user can put right: the message says what, where and how, on one line.
+
+    Args:
+        message: The line.
+        where: The place of the row that it is about, as ``file:row``, where it is about one.
+    """
+
+    def __init__(self, message: str = "", *, where: str = "") -> None:
+        super().__init__(message)
+        self.where = where
 
 
 class DataError(PrefoptError):
@@ -17,5 +26,5 @@ class DataError(PrefoptError):
     """
 
     def __init__(self, where: str, field: str, problem: str) -> None:
-        super().__init__(f"{where}: field {field!r}: {problem}")
-        self.where, self.field, self.problem = where, field, problem
+        super().__init__(f"{where}: field {field!r}: {problem}", where=where)
+        self.field, self.problem = field, problem

@@ -7,7 +7,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefopt.data.rows import parse_demonstrations, parse_pair, validate
-from prefopt.data.sources import Source, read_rows, read_sources
+from prefopt.data.sources import LocatedRow, Row, Source, read_rows, read_sources
 from prefopt.data.template import check_tokenizer, stop_token_ids
 from prefopt.data.tokenize import (
     Tokenized,
@@ -181,32 +181,15 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, args: Any) -> 
     Raises:
         PrefoptError: A source cannot be read, a row is wrong, or no row is short enough.
     """
-    data = recipe.data
-    sources = [Source(**s.model_dump()) for s in data.sources or ()] or [
-        Source(str(data.path), split=data.split, name=data.name, revision=data.revision)
-    ]
-    algorithm = recipe.trainer.algorithm
-    demonstrations = algorithm == "sft"
-    parse: Callable[..., Any] = parse_demonstrations if demonstrations else parse_pair
-    if isinstance(args, RoundConfig):
-        parse = parser_of(args)
-
-    def parsed(located: Any) -> tuple[list[Any], dict[str, int]]:
-        items, problems = validate(located, parse, invalid=data.invalid_rows)
-        return ([d for row in items for d in row] if demonstrations else items), problems
-
-    items, invalid = parsed(read_sources(sources, seed=recipe.seed))
+    data, parse = recipe.data, row_parser(recipe, args)
+    rows, invalid = validate(training_rows(recipe), parse, invalid=data.invalid_rows)
+    items = [item for row in rows for item in row]
     held_out: list[Any] = []
     if data.eval_fraction:
         items, held_out = split_by_prompt(items, data.eval_fraction, recipe.seed)
-    elif data.eval_path or data.eval_split:
-        split = data.eval_split or "train"
-        located = (
-            read_rows(data.eval_path, split=split)
-            if data.eval_path
-            else read_rows(str(data.path), split=split, name=data.name, revision=data.revision)
-        )
-        held_out, more = parsed(located)
+    elif (located := held_out_rows(recipe)) is not None:
+        rows, more = validate(located, parse, invalid=data.invalid_rows)
+        held_out = [item for row in rows for item in row]
         invalid = {k: invalid.get(k, 0) + more.get(k, 0) for k in invalid | more}
     items = items[: data.max_rows]
     check_tokenizer(tokenizer, conversational=not isinstance(items[0].prompt, str))
@@ -215,11 +198,47 @@ def load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, args: Any) -> 
     for reason, count in {**invalid, **vars(train_rows.dropped)}.items():
         if count:
             logger.warning("rows left out: %d (%s)", count, reason.replace("_", " "))
-    if in_rounds(algorithm) and held_out:
+    if in_rounds(recipe.trainer.algorithm) and held_out:
         distinct = {json.dumps(item.prompt, sort_keys=True) for item in held_out}
         logger.info("held out of training: %d prompts", len(distinct))
         held_out = []
     return Rows(train_rows, tokenize(held_out) if held_out else None, invalid)
+
+
+def training_rows(recipe: Recipe) -> Iterator[LocatedRow]:
+    """The rows that a recipe names to train on, with their places, as they stand in the files.
+
+    Raises:
+        PrefoptError: A source cannot be read.
+    """
+    data = recipe.data
+    sources = [Source(**s.model_dump()) for s in data.sources or ()] or [
+        Source(str(data.path), split=data.split, name=data.name, revision=data.revision)
+    ]
+    return read_sources(sources, seed=recipe.seed)
+
+
+def held_out_rows(recipe: Recipe) -> Iterator[LocatedRow] | None:
+    """The rows of ``data.eval_path`` or ``data.eval_split``; None where a recipe names neither.
+
+    Raises:
+        PrefoptError: They cannot be read.
+    """
+    data = recipe.data
+    split = data.eval_split or "train"
+    if data.eval_path:
+        return read_rows(data.eval_path, split=split)
+    if data.eval_split:
+        return read_rows(str(data.path), split=split, name=data.name, revision=data.revision)
+    return None
+
+
+def row_parser(recipe: Recipe, args: Any) -> Callable[[Row, str], list[Any]]:
+    """What reads a row for an algorithm: into one item, or one for each answer to imitate."""
+    if recipe.trainer.algorithm == "sft":
+        return parse_demonstrations
+    parse = parser_of(args) if isinstance(args, RoundConfig) else parse_pair
+    return lambda row, where: [parse(row, where)]
 
 
 def check_judge(recipe: Recipe) -> None:

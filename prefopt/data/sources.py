@@ -242,9 +242,11 @@ def _parse(text: str, file: Path, first_line: int) -> Any:
         expected = "one object on each line"
         if ".jsonl" not in file.name:
             expected += ", or one list of objects"
+        line = first_line + error.lineno - 1
         raise PrefoptError(
-            f"{file}: invalid JSON on line {first_line + error.lineno - 1}, column {error.colno} "
-            f"({error.msg}); expected {expected}"
+            f"{file}: invalid JSON on line {line}, column {error.colno} ({error.msg}); expected "
+            f"{expected}",
+            where=f"{file}:{line}",
         ) from error
 
 
@@ -252,7 +254,8 @@ def _check_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise PrefoptError(
             f"{where}: found a JSON {_JSON_NAMES[type(row)]}, expected an object such as "
-            '{"prompt": ..., "chosen": ..., "rejected": ...}'
+            '{"prompt": ..., "chosen": ..., "rejected": ...}',
+            where=where,
         )
     return row
 

@@ -95,18 +95,37 @@ class DropCounts:
 
 
 @dataclass
+class LeftOut:
+    """What was left out, item by item.
+
+    Attributes:
+        where: Places of the rows.
+        reason: Which of `DropCounts` it is.
+        prompt: Tokens of the prompt.
+        whole: Tokens of the prompt with its longest answer.
+    """
+
+    where: list[str] = field(default_factory=list)
+    reason: list[str] = field(default_factory=list)
+    prompt: array[int] = field(default_factory=lambda: array("q"))
+    whole: array[int] = field(default_factory=lambda: array("q"))
+
+
+@dataclass
 class Tokenized:
     """Columns of equal length; item i is a dict of them, as a trainer reads it.
 
     Attributes:
         prompt_ids: Prompts, with the assistant header of a conversation.
         where: Places of the rows.
-        dropped: What was left out.
+        dropped: How many were left out.
+        left_out: Which were left out.
     """
 
     prompt_ids: Ragged = field(default_factory=Ragged)
     where: list[str] = field(default_factory=list)
     dropped: DropCounts = field(default_factory=DropCounts)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -204,13 +223,13 @@ def tokenize_pairs(
         PrefoptError: If nothing is left, or the chat template cannot encode a pair.
     """
     kept = PromptedPairs() if keep_prompts else TokenizedPairs()
-    limits = _Limits(tokenizer, max_prompt_length, max_length, kept.dropped)
+    limits = _Limits(tokenizer, max_prompt_length, max_length, kept)
     items = ((pair, pair.where, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs)
     for pair, prompt_ids, (chosen_ids, rejected_ids) in _encode(items, tokenizer):
-        if not limits.accept(prompt_ids, [chosen_ids, rejected_ids]):
+        if not limits.accept(pair.where, prompt_ids, [chosen_ids, rejected_ids]):
             continue
         if chosen_ids == rejected_ids:
-            kept.dropped.identical += 1
+            limits.leave_out("identical", pair.where, prompt_ids, [chosen_ids])
             continue
         kept.prompt_ids.append(prompt_ids)
         kept.chosen_ids.append(chosen_ids)
@@ -237,10 +256,10 @@ def tokenize_demonstrations(
     With ``keep_prompts`` they are `PromptedAnswers`.
     """
     kept = PromptedAnswers() if keep_prompts else TokenizedDemonstrations()
-    limits = _Limits(tokenizer, max_prompt_length, max_length, kept.dropped)
+    limits = _Limits(tokenizer, max_prompt_length, max_length, kept)
     items = ((item, item.where, item.prompt, (item.completion,)) for item in demonstrations)
     for demonstration, prompt_ids, (completion_ids,) in _encode(items, tokenizer):
-        if limits.accept(prompt_ids, [completion_ids]):
+        if limits.accept(demonstration.where, prompt_ids, [completion_ids]):
             kept.prompt_ids.append(prompt_ids)
             kept.completion_ids.append(completion_ids)
             kept.where.append(demonstration.where)
@@ -264,17 +283,17 @@ def tokenize_prompts(
     """
     kept = TokenizedPrompts()
     seen: set[tuple[int, ...]] = set()
-    limits = _Limits(tokenizer, max_prompt_length, None, kept.dropped)
+    limits = _Limits(tokenizer, max_prompt_length, None, kept)
     rows = (
         row if isinstance(row, PromptRow) else PromptRow(row, f"prompt {number}")
         for number, row in enumerate(prompts, start=1)
     )
     items = ((row, row.where, row.prompt, ()) for row in rows)
     for row, prompt_ids, _ in _encode(items, tokenizer):
-        if not limits.accept(prompt_ids, []):
+        if not limits.accept(row.where, prompt_ids, []):
             continue
         if distinct and tuple(prompt_ids) in seen:
-            kept.dropped.duplicate += 1
+            limits.leave_out("duplicate", row.where, prompt_ids, [])
             continue
         seen.add(tuple(prompt_ids))
         kept.prompt_ids.append(prompt_ids)
@@ -296,13 +315,13 @@ def _encode(
             try:
                 rendered.append(render(tokenizer, prompt, completions))
             except PrefoptError as error:
-                raise PrefoptError(f"{where}: {error}") from error
+                raise PrefoptError(f"{where}: {error}", where=where) from error
         encoded = encode(tokenizer, rendered)
         for (item, where, _, _), (prompt_ids, completions_ids) in zip(batch, encoded, strict=True):
             try:
                 check_one_bos(tokenizer, prompt_ids)
             except PrefoptError as error:
-                raise PrefoptError(f"{where}: {error}") from error
+                raise PrefoptError(f"{where}: {error}", where=where) from error
             yield item, prompt_ids, completions_ids
 
 
@@ -314,30 +333,41 @@ class _Limits:
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_length: int | None,
         max_length: int | None,
-        dropped: DropCounts,
+        kept: Tokenized,
     ) -> None:
         self.max_prompt_length = max_prompt_length
         self.max_length = max_length
-        self.dropped = dropped
+        self.dropped, self.left_out = kept.dropped, kept.left_out
         self.stop_ids = frozenset(stop_token_ids(tokenizer))
         self.shortest_prompt: int | None = None
         self.shortest_whole: int | None = None
 
-    def accept(self, prompt_ids: list[int], completions: list[list[int]]) -> bool:
+    def accept(self, where: str, prompt_ids: list[int], completions: list[list[int]]) -> bool:
         """Whether a prompt with its answers fits; counts it if not."""
         prompt = len(prompt_ids)
         whole = prompt + max(map(len, completions), default=0)
         self.shortest_prompt = min(prompt, self.shortest_prompt or prompt)
         self.shortest_whole = min(whole, self.shortest_whole or whole)
         if self.max_prompt_length is not None and prompt > self.max_prompt_length:
-            self.dropped.prompt_too_long += 1
+            reason = "prompt_too_long"
         elif self.max_length is not None and whole > self.max_length:
-            self.dropped.answer_too_long += 1
+            reason = "answer_too_long"
         elif any(find_stop(ids, self.stop_ids) is not None for ids in completions):
-            self.dropped.stop_token_inside += 1
+            reason = "stop_token_inside"
         else:
             return True
+        self.leave_out(reason, where, prompt_ids, completions)
         return False
+
+    def leave_out(
+        self, reason: str, where: str, prompt_ids: list[int], completions: list[list[int]]
+    ) -> None:
+        """Counts what is left out, and keeps its place and its lengths."""
+        setattr(self.dropped, reason, getattr(self.dropped, reason) + 1)
+        self.left_out.where.append(where)
+        self.left_out.reason.append(reason)
+        self.left_out.prompt.append(len(prompt_ids))
+        self.left_out.whole.append(len(prompt_ids) + max(map(len, completions), default=0))
 
     def check_some_left(self, kept: int) -> None:
         """Raises PrefoptError if nothing was kept."""

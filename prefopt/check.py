@@ -1,4 +1,8 @@
-"""``prefopt check``: what a recipe would train on and need, before any model is loaded."""
+"""``prefopt check``: what a recipe would train on, what is wrong with it and what it would take.
+
+No model is loaded. What training would refuse is an error; what it only leaves out, or what is
+merely suspicious, is a warning (docs/check.md).
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
+from prefopt.budget import budget, look_at_disk, plan_of
+from prefopt.check_models import longest_row, look_at_judges, look_at_machine, look_at_policy
+from prefopt.check_rows import bias_of, look_at_rows, look_for_evaluated
+from prefopt.data.findings import Findings
 from prefopt.data.report import data_report
+from prefopt.data.tokenize import TokenizedPairs
 from prefopt.errors import PrefoptError
 from prefopt.evaluation_recipe import (
     NO_POLICY,
-    check_evaluation_judge,
+    EvaluationData,
     evaluation_report,
     evaluation_task,
     read_evaluation_data,
 )
 from prefopt.launch import accelerate_config, strategy_of
-from prefopt.memory import GIB, Machine, memory_report, size
+from prefopt.memory import GIB, Machine, memory_report
 from prefopt.models.memory import Spread
+from prefopt.recipe import Recipe
+from prefopt.run_folder import check_run
 from prefopt.train import (
-    check_judge,
-    load_rows,
+    Rows,
     lora_config,
     make_config,
     prompts_of_rounds,
     read_recipe,
     recipe_tokenizer,
 )
+from prefopt.trainers.dpo import check_columns
+from prefopt.trainers.pairs import pair_dataset
 
 
 def check(
@@ -43,7 +53,7 @@ def check(
     processes: int | None = None,
     device_memory: float | None = None,
 ) -> dict[str, Any]:
-    """Reads the recipe, its tokenizer and its rows, and describes the rows and what they need.
+    """Surveys a recipe: its keys, its rows, its tokenizers and what it needs.
 
     Args:
         recipe_path: The YAML file.
@@ -54,45 +64,103 @@ def check(
         device_memory: GiB of each; None: as much as a GPU of this machine has, if there is one.
 
     Returns:
+        ``findings``, a list of :class:`prefopt.data.findings.Finding` as dicts, errors first;
+        ``errors`` and ``warnings``, how many there are. As far as errors let it see, also
         ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
-        :func:`prefopt.data.report.data_report`; of an algorithm that samples also ``rounds``, the
-        prompts of each round, ``samples``, how many are drawn for each, and ``judge``, what is
-        wrong with the judge, if anything is; with a section ``eval`` also ``win_rate``, see
-        :func:`prefopt.evaluation_recipe.evaluation_report`, and in it ``judge`` likewise; and
-        ``memory``, see :func:`prefopt.memory.memory_report`.
+        :func:`prefopt.data.report.data_report`; of pairs ``length_bias``, see
+        :func:`prefopt.data.token_findings.length_bias`; of an algorithm that samples ``rounds``,
+        the prompts of each round, and ``samples``, how many are drawn for each; with a section
+        ``eval`` ``win_rate``, see :func:`prefopt.evaluation_recipe.evaluation_report`; ``memory``,
+        see :func:`prefopt.memory.memory_report`; and ``budget``, see
+        :func:`prefopt.budget.budget`.
 
     Raises:
-        PrefoptError: As training on it would, but for a judge that is not there yet.
+        PrefoptError: ``accelerate`` is no such file or name.
     """
-    recipe = read_recipe(recipe_path, overrides)
-    args = make_config(recipe)
-    tokenizer = recipe_tokenizer(recipe)
-    rows = load_rows(recipe, tokenizer, args)
-    result: dict[str, Any] = {
-        "recipe": recipe.resolved(),
-        "train": data_report(rows.train, tokenizer, invalid=rows.invalid),
-    }
-    if rounds := prompts_of_rounds(args, rows):
-        result["rounds"] = rounds
-        result["samples"] = args.samples_drawn(recipe.rollout.samples_per_prompt)
-        try:
-            check_judge(recipe)
-        except PrefoptError as error:  # it may be trained after the recipe is written
-            result["judge"] = str(error)
+    findings = Findings()
+    result: dict[str, Any] = {}
+    recipe: Recipe | None = None
+    args: Any = None
+    with findings.of("recipe"):
+        recipe = read_recipe(recipe_path, overrides)
+        result["recipe"] = recipe.resolved()
+    if recipe is not None:
+        with findings.of("settings"):
+            args = make_config(recipe)
+    if recipe is not None and args is not None:
+        machine = _machine(args, accelerate, processes, device_memory)
+        elsewhere = bool(accelerate or processes or device_memory)
+        with findings.of("run folder"):
+            check_run(recipe)
+        look_at_machine(recipe, args, elsewhere, findings)
+        _look(recipe, args, machine, findings, result)
+    result["findings"] = [asdict(finding) for finding in findings]
+    result["errors"], result["warnings"] = findings.count("error"), findings.count("warning")
+    return result
+
+
+def _look(
+    recipe: Recipe, args: Any, machine: Machine, findings: Findings, result: dict[str, Any]
+) -> None:
+    """Looks at all that a readable recipe names; puts what it finds beside into the result."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    with findings.of("tokenizer"):
+        tokenizer = recipe_tokenizer(recipe)
+    rows, items = look_at_rows(recipe, args, tokenizer, findings)
+    texts: EvaluationData | None = None
     if recipe.eval is not None and recipe.trainer.algorithm not in NO_POLICY:
-        texts = read_evaluation_data(recipe.eval)
-        evaluation_task(recipe, texts, args, rounds)
-        result["win_rate"] = evaluation_report(recipe, texts, args, len(rows.train), rounds)
-        try:
-            check_evaluation_judge(recipe)
-        except PrefoptError as error:
-            result["win_rate"]["judge"] = str(error)
+        with findings.of("evaluation"):
+            texts = read_evaluation_data(recipe.eval)
+            look_for_evaluated(items, texts.prompts, findings)
+    longest = None if rows is None else longest_row(recipe, args, rows.train)
+    conversational = any(not isinstance(item.prompt, str) for item in items[:1])
+    look_at_judges(recipe, args, tokenizer, longest, conversational, findings)
+    if rows is None or tokenizer is None or longest is None:
+        return
+    result["train"] = data_report(rows.train, tokenizer, invalid=rows.invalid)
     if rows.evaluation is not None:
         result["evaluation"] = data_report(rows.evaluation, tokenizer)
-    machine = _machine(args, accelerate, processes, device_memory)
-    result["memory"] = memory_report(recipe, args, rows.train, lora_config(recipe), machine)
-    result["memory"]["machine"] = asdict(machine)
-    return result
+    if (bias := bias_of(rows.train, findings)) is not None:
+        result["length_bias"] = bias
+    look_at_policy(recipe, tokenizer, rows.train, longest, findings)
+    if recipe.trainer.algorithm == "dpo" and isinstance(rows.train, TokenizedPairs):
+        with findings.of("soft labels"):
+            check_columns(args.loss_type, pair_dataset(rows.train), "data")
+    _estimate(recipe, args, rows, texts, machine, findings, result)
+
+
+def _estimate(
+    recipe: Recipe,
+    args: Any,
+    rows: Rows,
+    texts: EvaluationData | None,
+    machine: Machine,
+    findings: Findings,
+    result: dict[str, Any],
+) -> None:
+    """Puts into the result what the run would do, need and take."""
+    rounds: list[int] = []
+    try:
+        rounds = prompts_of_rounds(args, rows)
+    except PrefoptError as error:
+        findings.add("rounds", str(error))
+        return
+    if rounds:
+        result["rounds"] = rounds
+        result["samples"] = args.samples_drawn(recipe.rollout.samples_per_prompt)
+    answers = 0
+    if texts is not None:
+        with findings.of("evaluation"):
+            evaluation_task(recipe, texts, args, rounds)
+            result["win_rate"] = evaluation_report(recipe, texts, args, len(rows.train), rounds)
+            answers = result["win_rate"]["answers"]
+    memory = memory_report(recipe, args, rows.train, lora_config(recipe), machine)
+    result["memory"] = memory | {"machine": asdict(machine)}
+    if memory.get("fits") is False:
+        findings.add("memory", memory["verdict"])
+    plan = plan_of(recipe, args, len(rows.train), rounds, machine.spread.processes)
+    result["budget"] = budget(recipe, args, rows.train, plan, memory, machine, answers)
+    look_at_disk(result["budget"], recipe.run_dir, findings)
 
 
 def _machine(
@@ -108,77 +176,3 @@ def _machine(
         memory = torch.cuda.get_device_properties(0).total_memory
     device = "cuda" if gpu or accelerate or processes or device_memory else "cpu"
     return Machine(Spread(strategy, processes or 1), bf16, device, memory)
-
-
-def print_check(result: dict[str, Any]) -> None:
-    """Shows the result of :func:`check` as tables and one example in colour."""
-    console = Console()
-    for part in ("train", "evaluation"):
-        if part in result:
-            _print_report(console, part, result[part])
-    if "rounds" in result:
-        rounds, samples = result["rounds"], result["samples"]
-        each = " to ".join(f"{n:,}" for n in sorted({min(rounds), max(rounds)}))
-        console.print(f"{len(rounds):,} rounds of {each} prompts, {samples} samples each")
-    if "judge" in result:
-        console.print(f"[yellow]the judge cannot be loaded yet:[/yellow] {result['judge']}")
-    if "win_rate" in result:
-        _print_win_rate(console, result["win_rate"])
-    _print_memory(console, result["memory"])
-    example = result["train"]["example"]
-    loss = "" if "prompt" in example else " (loss on the green text)"
-    console.print(f"\n[bold]example[/bold] {example['where']}{loss}")
-    for name, pieces in example.items():
-        if name != "where":
-            text = Text.assemble(
-                *((piece["text"], "green" if piece["loss"] else "dim") for piece in pieces)
-            )
-            console.print(f"[bold]{name}[/bold]")
-            console.print(text)
-
-
-def _print_win_rate(console: Console, report: dict[str, Any]) -> None:
-    every, unit = report["every"], report["unit"]
-    console.print(
-        f"win rate on {report['prompts']:,} prompts, {report['evaluations']:,} times "
-        f"({'every ' + unit if every == 1 else f'every {every} {unit}s'}): "
-        f"{report['answers']:,} answers, {report['comparisons']:,} comparisons"
-    )
-    if "judge" in report:
-        console.print(f"[yellow]the judge of evaluations is not ready:[/yellow] {report['judge']}")
-
-
-def _print_memory(console: Console, memory: dict[str, Any]) -> None:
-    if "problem" in memory:
-        console.print(f"[yellow]no estimate of the memory:[/yellow] {memory['problem']}")
-        return
-    table = Table(title="memory a device")
-    table.add_column("part")
-    table.add_column("estimate", justify="right")
-    for name, count in memory["parts"].items():
-        if count:
-            table.add_row(name, size(count))
-    table.add_section()
-    table.add_row("at the peak", size(memory["total"]))
-    console.print(table)
-    for note in memory["notes"]:
-        console.print(f"[yellow]{note}[/yellow]")
-    precision = "bfloat16" if memory["machine"]["bf16"] else "float32"
-    tokens = memory["micro_batch_tokens"]
-    console.print(f"the largest micro-batch has {tokens:,} tokens; computed in {precision}")
-    console.print(memory["verdict"], soft_wrap=True)
-
-
-def _print_report(console: Console, part: str, report: dict[str, Any]) -> None:
-    table = Table(title=f"{part}: {report['rows']:,} rows")
-    for column in ("tokens", "5 %", "50 %", "95 %", "longest"):
-        table.add_column(column, justify="left" if column == "tokens" else "right")
-    for name, lengths in report["tokens"].items():
-        table.add_row(name, *(f"{lengths[k]:,}" for k in ("p5", "p50", "p95", "max")))
-    console.print(table)
-    for reason, count in {**report["invalid"], **report["dropped"]}.items():
-        console.print(f"left out: {count:,} ({reason.replace('_', ' ')})")
-    if report["duplicates"]:
-        console.print(f"duplicates: {report['duplicates']:,}")
-    if "chosen_longer" in report:
-        console.print(f"chosen answer longer: {report['chosen_longer']:.1%} of pairs")

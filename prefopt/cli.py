@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0, or 2 after an error that the user can mend (one line on stderr).
+        The exit status: 0, 1 where `prefopt check` has found errors, or 2 after an error that the
+        user can mend (one line on stderr).
     """
     arguments = parse(argv)
     # before torch is imported: threads that spin while they wait stall each other on a busy machine
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if arguments.json and os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, indent=2))
-    return 0
+    return int(arguments.run is _check and result["errors"] > 0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     quick.add_argument("--out", default="runs/quickstart", help="folder of the run")
 
     for name, run, text in (
-        ("check", _check, "Look at a recipe's data and memory before a model is loaded."),
+        ("check", _check, "Look for what is wrong with a recipe before a model is loaded."),
         ("train", _train, "Run a recipe, or go on with it."),
     ):
         added = command(name, run, text)
@@ -147,7 +148,8 @@ def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     quiet_libraries()
-    from prefopt.check import check, print_check
+    from prefopt.check import check
+    from prefopt.check_print import print_check
 
     result = check(
         arguments.recipe,

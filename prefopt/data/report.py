@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import blake2b
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,15 +36,15 @@ def data_report(
         - ``rows``: how many can be trained on; ``invalid`` and ``dropped``: how many cannot, by
           reason;
         - ``tokens``: for ``prompt``, and ``chosen`` and ``rejected``, ``completion`` or
-          ``answer``, the lengths ``p5``, ``p50``, ``p95`` (which that share of the rows does not
-          exceed) and ``max``;
+          ``answer``, the lengths ``p5``, ``p50``, ``p95``, ``p99`` (which that share of the rows
+          does not exceed) and ``max``;
         - ``chosen_longer``: the share of pairs whose chosen answer has more tokens (pairs only;
           without a length bias it is about 0.5);
         - ``duplicates``: rows with the tokens of an earlier row elsewhere; the copies that a
           mixture's weight makes are not counted;
-        - ``example``: ``where``, and for each answer a list of {"text", "loss"}: the text that the
-          model reads, special tokens included, and whether it bears loss; ``prompt`` where there
-          are no answers.
+        - ``example``: ``where``, and for each answer a list of {"text", "loss", "special"}: the
+          text that the model reads, whether it bears loss, and whether it is a special token;
+          ``prompt`` where there are no answers.
     """
     columns = {
         name.removesuffix("_ids"): column
@@ -67,8 +68,8 @@ def data_report(
 
 
 def _percentiles(column: Ragged) -> dict[str, int]:
-    values = np.percentile(column.lengths, (5, 50, 95, 100), method="inverted_cdf")
-    return dict(zip(("p5", "p50", "p95", "max"), map(int, values), strict=True))
+    values = np.percentile(column.lengths, (5, 50, 95, 99, 100), method="inverted_cdf")
+    return dict(zip(("p5", "p50", "p95", "p99", "max"), map(int, values), strict=True))
 
 
 def _count_duplicates(columns: list[Ragged], where: list[str]) -> int:
@@ -84,18 +85,35 @@ def _count_duplicates(columns: list[Ragged], where: list[str]) -> int:
 def _example(
     item: dict[str, Any], tokenizer: PreTrainedTokenizerBase, answers: list[str]
 ) -> dict[str, Any]:
-    prompt = _decode(tokenizer, item["prompt_ids"])
     example: dict[str, Any] = {"where": item["where"]}
     if not answers:
-        example["prompt"] = [{"text": prompt, "loss": False}]
+        example["prompt"] = _pieces(tokenizer, item["prompt_ids"], [])
     for name in answers:
-        # Decoded together: SentencePiece-like tokenizers drop the space before a lone answer.
-        whole = _decode(tokenizer, item["prompt_ids"] + item[f"{name}_ids"])
-        example[name] = [
-            {"text": prompt, "loss": False},
-            {"text": whole[len(prompt) :], "loss": True},
-        ]
+        example[name] = _pieces(tokenizer, item["prompt_ids"], item[f"{name}_ids"])
     return example
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], answer_ids: list[int]
+) -> list[dict[str, Any]]:
+    """What the model reads, cut where loss begins and around each special token."""
+    ids = prompt_ids + answer_ids
+    special = {*tokenizer.all_special_ids}
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces: list[dict[str, Any]] = []
+    read, end = "", 0
+
+    def kind(place: int) -> tuple[bool, bool, int]:
+        known = ids[place] in special
+        return place >= len(prompt_ids), known, place if known else -1
+
+    for (loss, known, _), group in groupby(range(len(ids)), key=kind):
+        end += sum(1 for _ in group)
+        # Decoded from the start: SentencePiece-like tokenizers drop the space before a lone text.
+        whole = _decode(tokenizer, ids[:end])
+        pieces.append({"text": whole[len(read) :], "loss": loss, "special": known})
+        read = whole
+    return pieces
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -1,0 +1,155 @@
+"""The rows of a recipe as ``prefopt check`` reads them: every bad row, then what training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.data.findings import Findings
+from prefopt.data.row_findings import Survey, prompt_key, survey_rows
+from prefopt.data.rows import Prompt, prompt_text
+from prefopt.data.text_findings import TextChecks
+from prefopt.data.token_findings import (
+    encodable,
+    length_bias,
+    length_differences,
+    look_at_limits,
+    look_at_tokenizer,
+    look_for_cut_answers,
+)
+from prefopt.data.tokenize import Tokenized
+from prefopt.errors import PrefoptError
+from prefopt.recipe import Recipe
+from prefopt.train import (
+    Rows,
+    held_out_rows,
+    in_rounds,
+    row_parser,
+    split_by_prompt,
+    tokenizer_of_rows,
+    training_rows,
+)
+from prefopt.trainers.round_config import RoundConfig
+from prefopt.trainers.round_rows import prompt_limit
+
+
+def look_at_rows(
+    recipe: Recipe, args: Any, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
+) -> tuple[Rows | None, list[Any]]:
+    """Reads, looks at and tokenises the rows of a recipe.
+
+    Args:
+        recipe: The recipe.
+        args: The trainer's arguments.
+        tokenizer: The policy's; None where it could not be loaded.
+        findings: Where problems go.
+
+    Returns:
+        What training would read, or None where nothing is left; and the parsed training rows.
+    """
+    data, parse = recipe.data, row_parser(recipe, args)
+    checks = TextChecks(tokenizer)
+    train, held_out = Survey(), Survey()
+    with findings.of("source"):
+        train = survey_rows(
+            training_rows(recipe), parse, findings, checks, invalid=data.invalid_rows
+        )
+    with findings.of("source"):
+        if (located := held_out_rows(recipe)) is not None:
+            held_out = survey_rows(located, parse, findings, checks, invalid=data.invalid_rows)
+    items, others = train.items, held_out.items
+    if data.eval_fraction and items:
+        try:
+            items, others = split_by_prompt(items, data.eval_fraction, recipe.seed)
+        except PrefoptError as error:
+            findings.add("no rows left", str(error))
+            return None, items
+    elif in_rounds(recipe.trainer.algorithm):
+        others = []  # nothing is measured on them
+    items = items[: data.max_rows]
+    _look_for_overlap(items, others, findings)
+    if not items:
+        if not findings.has("source"):
+            findings.add("no rows left", "no row is good")
+        return None, items
+    if tokenizer is None:
+        return None, items
+    prompts = (item.prompt for item in (*items, *others))
+    if not look_at_tokenizer(tokenizer, prompts, findings):
+        return None, items
+    kept = _tokenised(recipe, args, tokenizer, items, findings)
+    if kept is None:
+        return None, items
+    look_at_limits(kept, _limits(recipe, args), findings)
+    look_for_cut_answers(kept, tokenizer, findings)
+    evaluation = None
+    if others and not in_rounds(recipe.trainer.algorithm):
+        evaluation = _tokenised(recipe, args, tokenizer, others, findings)
+    invalid = {
+        kind: train.invalid.get(kind, 0) + held_out.invalid.get(kind, 0)
+        for kind in train.invalid | held_out.invalid
+    }
+    return Rows(kept, evaluation, invalid), items
+
+
+def bias_of(rows: Tokenized, findings: Findings) -> dict[str, float] | None:
+    """How much longer chosen answers are (`length_bias`), of pairs."""
+    differences = length_differences(rows)
+    return None if differences is None else length_bias(differences, findings)
+
+
+def look_for_evaluated(items: Iterable[Any], prompts: Iterable[Prompt], findings: Findings) -> None:
+    """Looks for prompts of the section ``eval`` that are trained on."""
+    asked = {prompt_key(prompt): prompt for prompt in prompts}
+    found: dict[bytes, str] = {}
+    for item in items:
+        if (key := prompt_key(item.prompt)) in asked:
+            found.setdefault(key, item.where)
+    for key, where in found.items():
+        findings.add(
+            "evaluation overlap",
+            f"eval.prompts has this training prompt too: {prompt_text(asked[key])[:60]!r}",
+            where,
+        )
+
+
+def _look_for_overlap(items: list[Any], others: list[Any], findings: Findings) -> None:
+    """Held-out rows whose prompt is trained on."""
+    if not others:
+        return
+    trained = {prompt_key(item.prompt): item.where for item in reversed(items)}
+    for item in others:
+        if (where := trained.get(prompt_key(item.prompt))) is not None:
+            findings.add("eval overlap", f"the prompt of {where} is held out too", item.where)
+
+
+def _tokenised(
+    recipe: Recipe,
+    args: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[Any],
+    findings: Findings,
+) -> Tokenized | None:
+    """Token ids within the limits; where training would stop at a row, those of the others."""
+    tokenize = tokenizer_of_rows(recipe, tokenizer, args)
+    kept: Tokenized | None = None
+    try:
+        kept = tokenize(items)
+    except PrefoptError as error:
+        good = encodable(tokenizer, items, findings)
+        if not good or len(good) == len(items):
+            findings.add("no rows left", str(error))
+            return None
+        with findings.of("no rows left"):
+            kept = tokenize(good)
+    return kept
+
+
+def _limits(recipe: Recipe, args: Any) -> dict[str, int | None]:
+    data = recipe.data
+    prompt = data.max_prompt_length
+    if isinstance(args, RoundConfig):
+        prompt = prompt_limit(prompt, data.max_length, recipe.rollout.max_new_tokens)
+    return {"prompt": prompt, "whole": data.max_length}

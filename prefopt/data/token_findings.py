@@ -1,0 +1,236 @@
+"""What token ids say: the tokenizer and its template, limits, cut answers, the length rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prefopt.data.findings import Findings
+from prefopt.data.row_findings import SENTENCE_ENDS, answers_of, pile_of_cut_answers
+from prefopt.data.rows import Message, Prompt
+from prefopt.data.template import check_one_bos, check_tokenizer, encode, render
+from prefopt.data.tokenize import Ragged, Tokenized, TokenizedPairs
+from prefopt.errors import PrefoptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What our own errors on tokenizers and templates say, and the kind that each is.
+_PHRASES = {
+    "two BOS tokens": "double BOS",
+    "has no EOS token": "missing EOS",
+    "has no chat template": "no chat template",
+    "does not end a prompt with the assistant": "no assistant header",
+    "differently once it is": "template changes the prompt",
+    "refuses a conversation": "template refuses",
+}
+_SYSTEM: list[Message] = [
+    {"role": "system", "content": "A-probe-of-systems"},
+    {"role": "user", "content": "Is this a probe?"},
+]
+_LONG_RULE, _PAIRS = 0.6, 20  # accuracy of a length rule that is good, and pairs that show it
+_LEFT_OUT = {
+    "prompt_too_long": "prompt too long",
+    "answer_too_long": "answer too long",
+    "stop_token_inside": "stop token inside",
+    "identical": "identical tokens",
+    "duplicate": "prompt recurs",
+}
+
+
+def look_at_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt], findings: Findings
+) -> bool:
+    """Tries a tokenizer and its chat template, as training does before it tokenises anything.
+
+    Returns:
+        Whether training would go on.
+    """
+    prompts = list(prompts)
+    conversations = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    try:
+        # as training: by the first row; a conversation among plain texts needs a template too
+        check_tokenizer(tokenizer, conversational=bool(conversations))
+    except PrefoptError as error:
+        findings.add(kind_of(error), str(error))
+        return False
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        findings.add("EOS is PAD", f"both are {tokenizer.eos_token!r}")
+    if conversations:
+        _look_at_template(tokenizer, conversations, findings)
+    return True
+
+
+def _look_at_template(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[Any], findings: Findings
+) -> None:
+    question = _SYSTEM[1:]
+    answered = render(tokenizer, question, ["A-probe."])
+    if answered.ending:
+        text = "the chat template writes no special token after an assistant turn"
+        findings.add("no end of turn", f"{text}; {tokenizer.eos_token!r} is added to answers")
+    if any(turns[0]["role"] == "system" for turns in conversations):
+        try:
+            text = render(tokenizer, _SYSTEM, []).prompt
+        except PrefoptError:  # each row with a system message will say so
+            return
+        if _SYSTEM[0]["content"] not in text:
+            found = "rows have a system message, and the chat template leaves it out"
+            findings.add("system prompt lost", found)
+
+
+def kind_of(error: PrefoptError) -> str:
+    """The kind of finding that our own error on a tokenizer, a template or one row is."""
+    kinds = (kind for phrase, kind in _PHRASES.items() if phrase in str(error))
+    return next(kinds, "cannot be encoded")
+
+
+def encodable(
+    tokenizer: PreTrainedTokenizerBase, items: list[Any], findings: Findings
+) -> list[Any]:
+    """The items that training could tokenise; the others become findings. One by one, so slow."""
+    good = []
+    for item in items:
+        try:
+            rendered = render(tokenizer, item.prompt, answers_of(item))
+            [(prompt_ids, _)] = encode(tokenizer, [rendered])
+            check_one_bos(tokenizer, prompt_ids)
+        except PrefoptError as error:
+            findings.add(kind_of(error), str(error), item.where)
+        else:
+            good.append(item)
+    return good
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def look_at_limits(tokenized: Tokenized, limits: dict[str, int | None], findings: Findings) -> None:
+    """Says which rows training leaves out, and what limit would keep 99 in 100.
+
+    Args:
+        tokenized: The rows.
+        limits: ``prompt`` and ``whole``, in tokens; None is no limit.
+        findings: Where problems go.
+    """
+    out = tokenized.left_out
+    lengths = {"prompt": tokenized.prompt_ids.lengths, "whole": whole_lengths(tokenized)}
+    for name, left in (("prompt", out.prompt), ("whole", out.whole)):
+        lengths[name] = np.concatenate([lengths[name], np.asarray(left, dtype=np.int64)])
+    for where, reason, prompt, whole in zip(
+        out.where, out.reason, out.prompt, out.whole, strict=True
+    ):
+        kind, remedy, found = _LEFT_OUT[reason], None, "the row is left out"
+        if kind in ("prompt too long", "answer too long"):
+            name, key = ("prompt", "max_prompt_length") if "prompt" in kind else (
+                "whole", "max_length"
+            )  # fmt: skip
+            p50, p95, p99, most = _percentiles(lengths[name])
+            found = (
+                f"{prompt if name == 'prompt' else whole:,} tokens, the limit is {limits[name]:,}; "
+                f"half of the rows have up to {p50:,}, 95 % {p95:,}, 99 % {p99:,}, all {most:,}"
+            )
+            remedy = f"data.{key}={p99} would keep 99 % of the rows, {most} all"
+        findings.add(kind, found, where, remedy=remedy)
+
+
+def _percentiles(lengths: Any) -> list[int]:
+    return [int(n) for n in np.percentile(lengths, (50, 95, 99, 100), method="inverted_cdf")]
+
+
+def whole_lengths(tokenized: Tokenized) -> Any:
+    """Tokens of each prompt with its longest answer, int64 [rows]."""
+    prompt = tokenized.prompt_ids.lengths
+    answers = [column.lengths for _, column in answer_columns(tokenized)]
+    return prompt + np.max(answers, axis=0) if answers else prompt
+
+
+def answer_columns(tokenized: Tokenized) -> list[tuple[str, Ragged]]:
+    """The columns of a data set that hold answers, with their names."""
+    columns = ((name.removesuffix("_ids"), c) for name, c in vars(tokenized).items())
+    return [(n, c) for n, c in columns if isinstance(c, Ragged) and n != "prompt"]
+
+
+def look_for_cut_answers(
+    tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, findings: Findings
+) -> None:
+    """Looks for a pile of answers that end in mid-sentence after the same number of tokens."""
+    ends: dict[int, bool] = {}
+
+    def finished(ids: list[int]) -> bool:
+        last = ids[-2] if len(ids) > 1 else ids[-1]  # before the token that ends the answer
+        if last not in ends:
+            text = tokenizer.decode([last]).rstrip()
+            ends[last] = not text or text[-1] in SENTENCE_ENDS
+        return ends[last]
+
+    columns = [column for _, column in answer_columns(tokenized)]
+    if not columns:
+        return
+    lengths = np.concatenate([column.lengths for column in columns]) - 1
+    unfinished = np.fromiter((not finished(ids) for c in columns for ids in c), dtype=bool)
+    if (found := pile_of_cut_answers(lengths, unfinished, shortest=16)) is not None:
+        length, count = found
+        text = f"{count:,} answers of exactly {length:,} tokens end in mid-sentence"
+        findings.add("cut at one length", text)
+
+
+# --- the length rule -----------------------------------------------------------------------------
+
+
+def length_bias(differences: Any, findings: Findings) -> dict[str, float]:
+    """How much longer chosen answers are, and how well "the longer one is chosen" predicts.
+
+    Args:
+        differences: Tokens of chosen minus those of rejected, int [pairs].
+        findings: Where a rule that is good goes.
+
+    Returns:
+        ``mean`` and its ``standard_error`` in tokens; ``accuracy`` of the rule, equal lengths
+        counting half, with a 95 % Wilson interval from ``low`` to ``high``.
+    """
+    pairs = len(differences)
+    accuracy = float(np.mean(np.sign(differences) / 2 + 0.5))
+    low, high = wilson(accuracy, pairs)
+    mean = float(np.mean(differences))
+    error = float(np.std(differences, ddof=1) / math.sqrt(pairs)) if pairs > 1 else math.nan
+    if pairs >= _PAIRS and (low > _LONG_RULE or high < 1 - _LONG_RULE):
+        longer = low > _LONG_RULE
+        right, least, most = (accuracy, low, high) if longer else (1 - accuracy, 1 - high, 1 - low)
+        findings.add(
+            "length rule",
+            f"the {'longer' if longer else 'shorter'} answer is chosen in {right:.1%} of {pairs:,} "
+            f"pairs (95 % interval {least:.1%} to {most:.1%}); chosen minus rejected is "
+            f"{mean:+.1f} tokens (standard error {error:.1f})",
+        )
+    return {
+        "mean": mean,
+        "standard_error": 0.0 if math.isnan(error) else error,
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+    }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, JASA 1927).
+
+    >>> [round(bound, 4) for bound in wilson(0.5, 100)]
+    [0.4038, 0.5962]
+    """
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half = z * spread / (1 + z * z / count)
+    return middle - half, middle + half
+
+
+def length_differences(tokenized: Tokenized) -> Any:
+    """Tokens of chosen minus those of rejected, int [pairs]; None where rows are no pairs."""
+    if isinstance(tokenized, TokenizedPairs):
+        return tokenized.chosen_ids.lengths - tokenized.rejected_ids.lengths
+    differences = getattr(tokenized, "length_difference", None)  # both orders of each comparison
+    return None if differences is None else np.asarray(differences)[::2]

@@ -26,6 +26,7 @@ from prefopt.data.tokenize import Tokenized
 from prefopt.memory import Machine, samples_on_a_tree, size
 from prefopt.objectives.pair import needs_reference
 from prefopt.recipe import Recipe
+from prefopt.trainers.dpo import DPOConfig
 from prefopt.trainers.pair_rounds import PairRoundConfig
 from prefopt.trainers.round_config import RoundConfig
 
@@ -180,8 +181,7 @@ def _tokens_of_a_row(recipe: Recipe, args: Any, rows: Tokenized) -> float:
 
 def _reference_tokens(args: Any, rows: Tokenized) -> int:
     """Tokens that the reference reads once, before training."""
-    loss = getattr(args, "loss_type", None)
-    if not isinstance(loss, str) or not needs_reference(loss):
+    if not isinstance(args, DPOConfig) or not needs_reference(args.loss_type):
         return 0
     answers = [column.lengths for _, column in answer_columns(rows)]
     return int(np.sum(rows.prompt_ids.lengths) + sum(map(np.sum, answers)))

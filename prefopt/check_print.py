@@ -50,12 +50,22 @@ def _print_findings(console: Console, findings: Sequence[Mapping[str, Any]]) -> 
         _say(console, head)
         if places := finding["where"]:
             more = f" and {count - len(places):,} more" if count > len(places) else ""
-            _say(console, Text(f"  at {', '.join(places)}{more}"))
+            _say(console, Text(f"  at {_places(places)}{more}"))
         _say(console, Text(f"  found: {finding['found']}"))
         _say(console, Text(f"  try: {finding['remedy']}", "green"))
     counts = {s: sum(finding["severity"] == s for finding in findings) for s in ORDER}
     told = [f"{n} {severity}{'s' * (n > 1)}" for severity, n in counts.items() if n]
     _say(console, Text(", ".join(told) or "nothing found", "bold"))
+
+
+def _places(places: Sequence[str]) -> str:
+    """Rows, each file named once in a row: a.jsonl:2, 7, b.jsonl:1."""
+    told, last = [], ""
+    for place in places:
+        file, _, row = place.rpartition(":")
+        told.append(row if file == last else place)
+        last = file
+    return ", ".join(told)
 
 
 def _print_example(console: Console, example: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def test_zero_rows(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unreadable_gzip(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe.parent / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(PAIR).encode())[:40])
-    assert "gzip" in error_of(capsys, "check", recipe, f"data.path={path}")
+    assert "gzip" in error_of(capsys, "train", recipe, f"data.path={path}")
 
 
 @pytest.mark.parametrize(

@@ -263,9 +263,9 @@ def test_report_numbers() -> None:
     assert report["invalid"] == {"empty prompt": 2}
     assert report["dropped"] == {"identical": 3}
     assert report["tokens"] == {
-        "prompt": {"p5": 5, "p50": 50, "p95": 95, "max": 100},
-        "chosen": {"p5": 10, "p50": 100, "p95": 190, "max": 200},
-        "rejected": {"p5": 100, "p50": 100, "p95": 100, "max": 100},
+        "prompt": {"p5": 5, "p50": 50, "p95": 95, "p99": 99, "max": 100},
+        "chosen": {"p5": 10, "p50": 100, "p95": 190, "p99": 198, "max": 200},
+        "rejected": {"p5": 100, "p50": 100, "p95": 100, "p99": 100, "max": 100},
     }
     assert report["chosen_longer"] == 0.5  # 2 i > 100 from i = 51 on
     assert report["duplicates"] == 0
@@ -291,11 +291,13 @@ def test_report_shows_one_example(
 ) -> None:
     example = data_report(tokenize_pairs(PAIRS, tokenizer, **NO_LIMIT), tokenizer)["example"]
     assert example["where"] == "a:1"
-    assert example["chosen"] == [
-        {"text": prompt, "loss": False},
-        {"text": chosen + tokenizer.eos_token, "loss": True},
-    ]
-    assert example["rejected"][0] == example["chosen"][0]
+    pieces = example["chosen"]
+    read = ["".join(p["text"] for p in pieces if p["loss"] is loss) for loss in (False, True)]
+    assert read == [prompt, chosen + tokenizer.eos_token]
+    assert pieces[-1] == {"text": tokenizer.eos_token, "loss": True, "special": True}
+    assert pieces[-2] == {"text": chosen, "loss": True, "special": False}
+    of_prompt = [piece for piece in pieces if not piece["loss"]]
+    assert [piece for piece in example["rejected"] if not piece["loss"]] == of_prompt
 
 
 def test_report_of_demonstrations() -> None:
@@ -304,7 +306,8 @@ def test_report_of_demonstrations() -> None:
     report = data_report(tokenize_demonstrations(demonstrations, tokenizer, **NO_LIMIT), tokenizer)
     assert set(report["tokens"]) == {"prompt", "completion"}
     assert "chosen_longer" not in report
-    assert report["example"]["completion"][1] == {"text": "It is 2.<|im_end|>", "loss": True}
+    read = [piece["text"] for piece in report["example"]["completion"] if piece["loss"]]
+    assert read == ["It is 2.", "<|im_end|>"]
 
 
 def test_report_does_not_depend_on_kept_prompts() -> None:

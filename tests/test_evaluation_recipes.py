@@ -323,17 +323,19 @@ def test_check_says_how_much_there_is_to_answer(
     report = check(recipe, [judge, *overrides])
     found = report["win_rate"]
     assert {name: found[name] for name in expected} == expected
-    assert "judge" not in found
+    assert report["errors"] == 0
     assert report["memory"]["parts"]["judge of evaluations"] > 0
 
 
 def test_check_says_what_is_wrong_with_the_judge(recipe: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("KEY", raising=False)
     api = check(recipe, ["eval.judge={kind: api, model: m, key_variable: KEY}"])
-    assert "KEY is not set" in api["win_rate"]["judge"]
+    [error] = [f for f in api["findings"] if f["severity"] == "error"]
+    assert "KEY is not set" in error["found"]
     assert "judge of evaluations" not in api["memory"]["parts"]
     later = check(recipe, ["eval.judge.path=runs/later"])
-    assert "runs/later" in later["win_rate"]["judge"]
+    [error] = [f for f in later["findings"] if f["severity"] == "error"]
+    assert (error["kind"], "runs/later" in error["found"]) == ("judge", True)
     assert any("runs/later" in note for note in later["memory"]["notes"])
 
 

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt.check import check, print_check
+from prefopt.check import check
+from prefopt.check_print import print_check
 from prefopt.cli import main
 from prefopt.data.tokenize import Ragged, TokenizedDemonstrations, TokenizedPairs, TokenizedPrompts
 from prefopt.data.tree import PromptTree, collate_trees

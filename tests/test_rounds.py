@@ -1066,16 +1066,19 @@ def test_a_recipe_in_rounds_needs_a_judge(recipe: Path) -> None:
 def test_check_tells_of_rounds_and_of_a_judge_that_is_not_there_yet(recipe: Path) -> None:
     options = ["trainer.algorithm=online_dpo"]
     found = check(recipe, options)
-    assert (sum(found["rounds"]), len(found["rounds"]), "judge" in found) == (16, 2, False)
+    assert (sum(found["rounds"]), len(found["rounds"]), found["errors"]) == (16, 2, 0)
     assert found["samples"] == 2
     assert "samples" not in check(recipe), "of an algorithm that draws none"
     assert found["train"]["example"]["where"].endswith(".jsonl:1"), "the place of the row"
     missing = check(recipe, [*options, "judge.path=nowhere"])
-    assert missing["judge"].startswith("judge.path: ")
+    assert [f["found"].split()[0] for f in missing["findings"] if f["kind"] == "judge"] == [
+        "judge.path:"
+    ]
     with pytest.raises(PrefoptError, match=r"judge.path: .*nowhere"):
         train(read_recipe(recipe, [*options, "judge.path=nowhere"]))
-    with pytest.raises(PrefoptError, match="rounds: found 1000, but there are 16 prompts"):
-        check(recipe, [*options, "trainer.rounds=1000"])
+    [found] = check(recipe, [*options, "trainer.rounds=1000"])["findings"]
+    assert (found["severity"], found["kind"]) == ("error", "rounds")
+    assert "rounds: found 1000, but there are 16 prompts" in found["found"]
 
 
 def test_a_recipe_asks_for_enough_samples(recipe: Path) -> None:

@@ -45,8 +45,9 @@ class Survey:
         invalid: Bad rows by problem.
         rows: Rows looked at, copies of a mixture not counted.
         labels: Signs of the labels by name: p_chosen - 1/2, margin, differences of scores.
-        answers: Characters of each answer.
+        answers: Characters of each answer, of equal ones once.
         finished: Whether it ends like a sentence.
+        seen: Hashes of the answers.
     """
 
     items: list[Any] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Survey:
     labels: dict[str, array[float]] = field(default_factory=dict)
     answers: array[int] = field(default_factory=lambda: array("q"))
     finished: bytearray = field(default_factory=bytearray)
+    seen: set[int] = field(default_factory=set)
 
 
 def survey_rows(
@@ -181,6 +183,9 @@ def _look_at_items(
     told = role_prefix(prompt) if isinstance(prompt, str) else None
     for text in answers:
         told = told or role_prefix(text)
+        if (seen := hash(text)) in survey.seen:
+            continue
+        survey.seen.add(seen)
         survey.answers.append(len(text))
         survey.finished.append(text.rstrip()[-1] in SENTENCE_ENDS)
     if told:

@@ -46,14 +46,16 @@ class TextChecks:
 
     def problems(self, text: str) -> Iterator[tuple[str, str]]:
         """Yields (kind, what was found) for each kind of damage in a text."""
+        garbled = False
         if not text.isascii():
             if half := _SURROGATE.search(text):
                 yield "half a character", f"{half[0]!a} in {_around(text, half.start())}"
             if "\ufffd" in text:
                 yield "replacement character", f"U+FFFD in {_around(text, text.index(chr(65533)))}"
             if _MOJIBAKE_LEADS.search(text) and (place := _mojibake(text)) is not None:
+                garbled = True  # of which C1 controls are a part
                 yield "mojibake", _around(text, place)
-        if control := _CONTROL.search(text):
+        if (control := _CONTROL.search(text)) and not (garbled and control[0] > "\x7f"):
             yield "control character", f"{control[0]!a} in {_around(text, control.start())}"
         marked = (self._own and self._own.search(text)) or _TEMPLATE_MARKUP.search(text)
         if marked:

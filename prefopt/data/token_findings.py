@@ -170,8 +170,9 @@ def look_for_cut_answers(
     columns = [column for _, column in answer_columns(tokenized)]
     if not columns:
         return
-    lengths = np.concatenate([column.lengths for column in columns]) - 1
-    unfinished = np.fromiter((not finished(ids) for c in columns for ids in c), dtype=bool)
+    distinct = {hash(tuple(ids)): (len(ids) - 1, not finished(ids)) for c in columns for ids in c}
+    lengths, unfinished = np.array([*distinct.values()]).T
+    unfinished = unfinished.astype(bool)
     if (found := pile_of_cut_answers(lengths, unfinished, shortest=16)) is not None:
         length, count = found
         text = f"{count:,} answers of exactly {length:,} tokens end in mid-sentence"

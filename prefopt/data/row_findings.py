@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from prefopt.data.findings import Findings
 from prefopt.data.rows import Completion, Demonstration, PreferencePair, Prompt, prompt_text
 from prefopt.data.sources import LocatedRow, Row
@@ -47,6 +50,7 @@ class Survey:
         labels: Signs of the labels by name: p_chosen - 1/2, margin, differences of scores.
         answers: Characters of each answer, of equal ones once.
         finished: Whether it ends like a sentence.
+        places: Its row.
         seen: Hashes of the answers.
     """
 
@@ -56,6 +60,7 @@ class Survey:
     labels: dict[str, array[float]] = field(default_factory=dict)
     answers: array[int] = field(default_factory=lambda: array("q"))
     finished: bytearray = field(default_factory=bytearray)
+    places: list[str] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
 
@@ -186,6 +191,7 @@ def _look_at_items(
         if (seen := hash(text)) in survey.seen:
             continue
         survey.seen.add(seen)
+        survey.places.append(where)
         survey.answers.append(len(text))
         survey.finished.append(text.rstrip()[-1] in SENTENCE_ENDS)
     if told:
@@ -236,18 +242,17 @@ def _conclude_labels(survey: Survey, findings: Findings) -> None:
 
 
 def _conclude_lengths(survey: Survey, findings: Findings) -> None:
-    import numpy as np
-
-    lengths = np.asarray(survey.answers)
+    lengths = np.asarray(survey.answers, dtype=np.int64)
     unfinished = ~np.frombuffer(bytes(survey.finished), dtype=bool)
-    if (found := pile_of_cut_answers(lengths, unfinished, shortest=64)) is not None:
-        length, count = found
-        text = f"{count:,} answers of exactly {length:,} characters end in mid-sentence"
-        findings.add("cut at one length", text)
+    for i in pile_of_cut_answers(lengths, unfinished, shortest=64):
+        text = f"answers of exactly {lengths[i]:,} characters end in mid-sentence"
+        findings.add("cut at one length", text, survey.places[i])
 
 
-def pile_of_cut_answers(lengths: Any, unfinished: Any, *, shortest: int) -> tuple[int, int] | None:
-    """The length at which answers were cut, if there is one.
+def pile_of_cut_answers(
+    lengths: NDArray[np.int64], unfinished: NDArray[np.bool_], *, shortest: int
+) -> list[int]:
+    """The answers that were cut at one and the same length, if there are any.
 
     Answers end in mid-sentence at any length (code, titles, lists), so what tells a limit is a
     pile: at one length at least 5 of them, 9 in 10 of all answers of that length, and 20 times as
@@ -259,12 +264,10 @@ def pile_of_cut_answers(lengths: Any, unfinished: Any, *, shortest: int) -> tupl
         shortest: Length below which answers of equal length are nothing odd.
 
     Returns:
-        The length and how many unfinished answers have it, or None.
+        Their indices.
     """
-    import numpy as np
-
     if not len(lengths):
-        return None
+        return []
     cut = np.bincount(lengths[unfinished], minlength=int(lengths.max()) + 11)
     every = np.bincount(lengths, minlength=len(cut))
     sums = np.concatenate([[0], np.cumsum(cut)])
@@ -273,6 +276,6 @@ def pile_of_cut_answers(lengths: Any, unfinished: Any, *, shortest: int) -> tupl
     around = (sums[high] - sums[low] - cut) / 20
     piles = (cut >= 5) & (cut >= 0.9 * every) & (cut >= 20 * around) & (places >= shortest)
     if not piles.any():
-        return None
-    length = int(np.argmax(np.where(piles, cut, 0)))
-    return length, int(cut[length])
+        return []
+    length = np.argmax(np.where(piles, cut, 0))
+    return [int(i) for i in np.flatnonzero(unfinished & (lengths == length))]

@@ -170,13 +170,15 @@ def look_for_cut_answers(
     columns = [column for _, column in answer_columns(tokenized)]
     if not columns:
         return
-    distinct = {hash(tuple(ids)): (len(ids) - 1, not finished(ids)) for c in columns for ids in c}
-    lengths, unfinished = np.array([*distinct.values()]).T
-    unfinished = unfinished.astype(bool)
-    if (found := pile_of_cut_answers(lengths, unfinished, shortest=16)) is not None:
-        length, count = found
-        text = f"{count:,} answers of exactly {length:,} tokens end in mid-sentence"
-        findings.add("cut at one length", text)
+    distinct = {  # equal answers count once
+        hash(tuple(ids)): (len(ids) - 1, not finished(ids), row)
+        for column in columns
+        for row, ids in enumerate(column)
+    }
+    lengths, unfinished, rows = np.array([*distinct.values()]).T
+    for i in pile_of_cut_answers(lengths, unfinished.astype(bool), shortest=16):
+        text = f"answers of exactly {lengths[i]:,} tokens end in mid-sentence"
+        findings.add("cut at one length", text, tokenized.where[rows[i]])
 
 
 # --- the length rule -----------------------------------------------------------------------------

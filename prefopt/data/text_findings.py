@@ -26,7 +26,7 @@ _MOJIBAKE_LEADS = re.compile("[\xc2-\xef]")
 _TEMPLATE_MARKUP = re.compile(
     r"<\|(?:im_start|im_end|im_sep|eot_id|end_of_text|begin_of_text|start_header_id|end_header_id"
     r"|endoftext|end_of_turn|system|user|assistant|end)\|>"
-    r"|<(?:start_of_turn|end_of_turn|bos|eos)>|\[/?INST\]|<</?SYS>>|</s>\s*\Z|\A\s*<s>"
+    r"|<(?:start_of_turn|end_of_turn|bos|eos)>|\[/?INST\]|<</?SYS>>|</s>\s*\Z"
 )
 _ROLES = "Human|Assistant|User|Bot|### (?:Human|Assistant|Instruction|Response)"
 _PREFIX = re.compile(rf"(?:\A\s*|\n\n)({_ROLES}):(?=\s)")

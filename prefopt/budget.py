@@ -120,10 +120,11 @@ def budget(
     longest = recipe.rollout.max_new_tokens
     row_tokens = _tokens_of_a_row(recipe, args, rows)
     drawn = sum(plan.rounds) * plan.samples
-    judged_or_scored = drawn * (float(rows.prompt_ids.lengths.mean()) + longest)
+    sampled = drawn * (float(rows.prompt_ids.lengths.mean()) + longest)
+    readers = 1 + bool(getattr(args, "asks", None))  # the reference, and the judge
     tokens = {
         "trained": round(plan.rows * row_tokens),
-        "scored": round(judged_or_scored * 2 if drawn else _reference_tokens(args, rows)),
+        "scored": round(readers * sampled) + _reference_tokens(args, rows),
         "generated": drawn * longest + answers * _evaluation_tokens(recipe),
     }
     result: dict[str, Any] = {"steps": plan.steps, "tokens": tokens}

@@ -160,7 +160,8 @@ def _print_memory(console: Console, memory: Mapping[str, Any]) -> None:
 
 def _print_budget(console: Console, budget: Mapping[str, Any]) -> None:
     tokens = budget["tokens"]
-    line = f"{budget['steps']:,} optimiser steps on about {tokens['trained']:,} tokens"
+    steps = budget["steps"]
+    line = f"{steps:,} optimiser step{'s' * (steps != 1)} on about {tokens['trained']:,} tokens"
     if tokens["scored"]:
         line += f"; {tokens['scored']:,} read by frozen models"
     if tokens["generated"]:

@@ -30,7 +30,7 @@ from prefopt.check_print import duration, print_check, rendered
 from prefopt.cli import main
 from prefopt.data.findings import Findings, printable
 from prefopt.data.row_findings import pile_of_cut_answers, survey_rows
-from prefopt.data.rows import parse_pair
+from prefopt.data.rows import parse_demonstrations, parse_pair, parse_prompt_row
 from prefopt.data.text_findings import TextChecks, repeats, role_prefix
 from prefopt.data.token_findings import length_bias, wilson
 from prefopt.train import make_config, read_recipe, train
@@ -412,3 +412,42 @@ def test_places_name_a_file_once(recipe: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "rows.jsonl:3, 4, 5, 6, 7 and 2 more" in printed
     assert "error: missing column, 7 times" in printed
+
+
+# --- any rows ------------------------------------------------------------------------------------
+
+TEXTS = st.sampled_from(["", " ", "Hi there.", "Human: x", "\ud83d", "\x00", "fiancÃ©", "<s>"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
+MESSAGES = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "name", "finish_reason"]), SCALARS)
+    | st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": TEXTS}
+    ),
+    max_size=3,
+)
+COLUMNS = [
+    "prompt", "chosen", "rejected", "completion", "messages", "p_chosen", "margin", "tools",
+    "score_chosen", "score_rejected", "finish_reason", "finished",
+]  # fmt: skip
+ROWS = st.lists(st.dictionaries(st.sampled_from(COLUMNS), SCALARS | MESSAGES), max_size=6)
+PARSERS = [
+    lambda row, where: [parse_pair(row, where)],
+    lambda row, where: [parse_prompt_row(row, where)],
+    parse_demonstrations,
+]
+
+
+@given(ROWS, st.sampled_from(PARSERS))
+def test_no_rows_break_a_survey(rows: list[dict[str, Any]], parse: Any) -> None:
+    findings = Findings()
+    located = ((f"a:{number}", row) for number, row in enumerate(rows, start=1))
+    survey = survey_rows(located, parse, findings, TextChecks(None), invalid="error")
+    bad = sum(survey.invalid.values())
+    assert survey.rows + bad == len(rows)
+    assert bad == sum(f.count for f in findings if f.severity == "error") - sum(
+        f.count for f in findings if f.kind == "half a character"
+    )
+    for finding in findings:
+        assert finding.found.isprintable()
+        assert len(finding.where) <= 5
+        assert finding.count >= len(finding.where)

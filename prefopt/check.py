@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
 
 from prefopt.budget import budget, look_at_disk, plan_of
 from prefopt.check_models import longest_row, look_at_judges, look_at_machine, look_at_policy
@@ -123,6 +124,9 @@ def _look(
     if (bias := bias_of(rows.train, findings)) is not None:
         result["length_bias"] = bias
     look_at_policy(recipe, tokenizer, rows.train, longest, findings)
+    if IntervalStrategy(args.eval_strategy) != IntervalStrategy.NO and rows.evaluation is None:
+        found = f"trainer.eval_strategy is {IntervalStrategy(args.eval_strategy).value}"
+        findings.add("settings", f"{found}, and no rows are held out (data.eval_fraction)")
     if recipe.trainer.algorithm == "dpo" and isinstance(rows.train, TokenizedPairs):
         with findings.of("soft labels"):
             check_columns(args.loss_type, pair_dataset(rows.train), "data")
@@ -154,7 +158,11 @@ def _estimate(
             evaluation_task(recipe, texts, args, rounds)
             result["win_rate"] = evaluation_report(recipe, texts, args, len(rows.train), rounds)
             answers = result["win_rate"]["answers"]
-    memory = memory_report(recipe, args, rows.train, lora_config(recipe), machine)
+    try:
+        memory = memory_report(recipe, args, rows.train, lora_config(recipe), machine)
+    except ValueError as error:  # how PEFT refuses modules that are not there
+        findings.add("settings", f"model.lora: {error}")
+        return
     result["memory"] = memory | {"machine": asdict(machine)}
     if memory.get("fits") is False:
         findings.add("memory", memory["verdict"])

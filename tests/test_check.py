@@ -100,6 +100,21 @@ def test_what_cannot_be_used_is_one_error_and_json_stays_readable(
     assert not (recipe.parent / "run").exists(), "a check writes nothing there"
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.lora={target_modules: [nosuch]}", "nosuch"),
+        ("trainer.eval_strategy=steps", "no rows are held out"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_or_the_rows(
+    override: str, words: str, recipe: Path
+) -> None:
+    result = check(recipe, [override])
+    assert kinds(result) == [("error", "settings")]
+    assert words in result["findings"][0]["found"]
+
+
 def test_a_run_folder_of_another_recipe(recipe: Path, no_memory: None) -> None:
     run = recipe.parent / "run"
     run.mkdir()

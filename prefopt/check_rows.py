@@ -12,6 +12,7 @@ from prefopt.data.row_findings import Survey, prompt_key, survey_rows
 from prefopt.data.rows import Prompt, prompt_text
 from prefopt.data.text_findings import TextChecks
 from prefopt.data.token_findings import (
+    Limit,
     encodable,
     length_bias,
     length_differences,
@@ -82,7 +83,7 @@ def look_at_rows(
     kept = _tokenised(recipe, args, tokenizer, items, findings)
     if kept is None:
         return None, items
-    look_at_limits(kept, _limits(recipe, args), findings)
+    look_at_limits(kept, *_limits(recipe, args), findings)
     look_for_cut_answers(kept, tokenizer, findings)
     evaluation = None
     if others and not in_rounds(recipe.trainer.algorithm):
@@ -147,9 +148,12 @@ def _tokenised(
     return kept
 
 
-def _limits(recipe: Recipe, args: Any) -> dict[str, int | None]:
-    data = recipe.data
-    prompt = data.max_prompt_length
+def _limits(recipe: Recipe, args: Any) -> tuple[Limit, Limit]:
+    """Those on prompts and on prompts with answers."""
+    data, sampled = recipe.data, recipe.rollout.max_new_tokens
+    prompt = Limit(data.max_prompt_length, "data.max_prompt_length")
     if isinstance(args, RoundConfig):
-        prompt = prompt_limit(prompt, data.max_length, recipe.rollout.max_new_tokens)
-    return {"prompt": prompt, "whole": data.max_length}
+        most = prompt_limit(prompt.tokens, data.max_length, sampled)
+        if most != prompt.tokens:  # what is left beside a sample
+            prompt = Limit(most, "data.max_length", sampled)
+    return prompt, Limit(data.max_length, "data.max_length")

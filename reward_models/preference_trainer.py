@@ -77,13 +77,13 @@ def tokenize_comparisons(
         whole = max(map(len, orders)) + 1
         shortest = min(whole, shortest or whole)
         if max_prompt_length is not None and prompt_length > max_prompt_length:
-            kept.dropped.prompt_too_long += 1
+            kept.leave_out("prompt_too_long", pair.where, prompt_length, whole)
         elif max_length is not None and whole > max_length:
-            kept.dropped.answer_too_long += 1
+            kept.leave_out("answer_too_long", pair.where, prompt_length, whole)
         elif any(map(encoder.holds_stop_token, orders)):
-            kept.dropped.stop_token_inside += 1
+            kept.leave_out("stop_token_inside", pair.where, prompt_length, whole)
         elif orders[0] == orders[1]:
-            kept.dropped.identical += 1
+            kept.leave_out("identical", pair.where, prompt_length, whole)
         else:
             for question, p_a in zip(orders, (pair.p_chosen, 1 - pair.p_chosen), strict=True):
                 kept.prompt_ids.append(question)

@@ -333,6 +333,28 @@ def test_what_limits_leave_out(
     assert check(rows, f"{override.partition('=')[0]}={limit}")[1]["train"]["rows"] == 8
 
 
+@pytest.mark.parametrize("override", ["data.max_length=90", "data.max_prompt_length=null"])
+def test_prompts_without_room_for_a_sample(
+    override: str, check: Any, models: Any, tmp_path: Path
+) -> None:
+    rows = bad({"prompt": talk("How much is " + "1 + " * 20 + "1?")})
+    judge = f"judge={{kind: reward_model, path: {models('chat')}}}"
+    options = ["trainer.algorithm=ppo", judge, "rollout.max_new_tokens=20", "data.max_length=90"]
+    status, result = check(rows, *options, override)
+    expected = ("warning", "prompt too long", 3, "data.max_length=")
+    finding = expect(result, status, expected, tmp_path / "rows.jsonl")
+    limit = re.findall(r"=(\d+) would keep", finding["remedy"])[0]
+    assert check(rows, *options, f"data.max_length={limit}")[1]["train"]["rows"] == 8
+
+
+def test_pairs_that_a_preference_model_leaves_out(check: Any, tmp_path: Path) -> None:
+    rows = bad(THREE | {"chosen": said("It is " + "6 " * 400 + "!")})
+    options = ["trainer.algorithm=preference_model", "data.max_length=600"]
+    status, result = check(rows, *options)
+    expected = ("warning", "answer too long", 3, "data.max_length=")
+    expect(result, status, expected, tmp_path / "rows.jsonl")
+
+
 def test_stop_tokens_in_answers(check: Any, tmp_path: Path) -> None:
     status, result = check(replaced(chosen=said("It is 6.<|im_end|>\n<|im_start|>user")))
     expect(result, status, ("warning", "stop token inside", 3, "remove"), tmp_path / "rows.jsonl")

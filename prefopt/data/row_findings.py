@@ -85,7 +85,7 @@ def survey_rows(
     survey = Survey()
     severity: Literal["error", "warning"] = "error" if invalid == "error" else "warning"
     seen: dict[bytes, str] = {}
-    last = ""
+    last, usable = "", False
     for where, row in _readable(located, findings):
         copy, last = where == last, where
         try:
@@ -95,16 +95,15 @@ def survey_rows(
             survey.invalid[kind] = survey.invalid.get(kind, 0) + 1
             findings.add(kind, f"field {error.field!r}: {detail}", where, severity=severity)
             continue
-        if copy:
+        if not copy:
+            survey.rows += 1
+            _look_at_columns(row, where, findings)
+            _look_at_labels(row, where, survey, findings)
+            usable = _look_at_items(items, where, findings, checks, survey)
+            for item in items:
+                _look_for_copies(item, where, seen, findings)
+        if usable:
             survey.items += items
-            continue
-        survey.rows += 1
-        _look_at_columns(row, where, findings)
-        _look_at_labels(row, where, survey, findings)
-        if _look_at_items(items, where, findings, checks, survey):
-            survey.items += items
-        for item in items:
-            _look_for_copies(item, where, seen, findings)
     _conclude_labels(survey, findings)
     _conclude_lengths(survey, findings)
     return survey

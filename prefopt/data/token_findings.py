@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefopt.data.findings import Findings
 from prefopt.data.row_findings import SENTENCE_ENDS, answers_of, pile_of_cut_answers
@@ -108,37 +110,57 @@ def encodable(
 # --- limits --------------------------------------------------------------------------------------
 
 
-def look_at_limits(tokenized: Tokenized, limits: dict[str, int | None], findings: Findings) -> None:
+@dataclass(frozen=True)
+class Limit:
+    """A limit on lengths.
+
+    Attributes:
+        tokens: The most; None is no limit.
+        key: What says so in a recipe.
+        beside: Tokens that the key's value counts too, those of a sample.
+    """
+
+    tokens: int | None
+    key: str
+    beside: int = 0
+
+
+def look_at_limits(tokenized: Tokenized, prompt: Limit, whole: Limit, findings: Findings) -> None:
     """Says which rows training leaves out, and what limit would keep 99 in 100.
 
     Args:
         tokenized: The rows.
-        limits: ``prompt`` and ``whole``, in tokens; None is no limit.
+        prompt: On prompts.
+        whole: On prompts with their answers.
         findings: Where problems go.
     """
     out = tokenized.left_out
-    lengths = {"prompt": tokenized.prompt_ids.lengths, "whole": whole_lengths(tokenized)}
-    for name, left in (("prompt", out.prompt), ("whole", out.whole)):
-        lengths[name] = np.concatenate([lengths[name], np.asarray(left, dtype=np.int64)])
-    for where, reason, prompt, whole in zip(
-        out.where, out.reason, out.prompt, out.whole, strict=True
-    ):
-        kind, remedy, found = _LEFT_OUT[reason], None, "the row is left out"
-        if kind in ("prompt too long", "answer too long"):
-            name, key = ("prompt", "max_prompt_length") if "prompt" in kind else (
-                "whole", "max_length"
-            )  # fmt: skip
-            p50, p95, p99, most = _percentiles(lengths[name])
-            found = (
-                f"{prompt if name == 'prompt' else whole:,} tokens, the limit is {limits[name]:,}; "
-                f"half of the rows have up to {p50:,}, 95 % {p95:,}, 99 % {p99:,}, all {most:,}"
-            )
-            remedy = f"data.{key}={p99} would keep 99 % of the rows, {most} all"
-        findings.add(kind, found, where, remedy=remedy)
+    if not out.where:
+        return
+    prompts = np.concatenate([tokenized.prompt_ids.lengths, np.asarray(out.prompt)])
+    wholes = np.concatenate([whole_lengths(tokenized), np.asarray(out.whole)])
+    told = {
+        "prompt_too_long": _told(prompts, prompt),
+        "answer_too_long": _told(wholes, whole),
+    }
+    if hasattr(tokenized, "length_difference"):  # a comparison's prompt quotes the answers
+        del told["prompt_too_long"]
+    for where, reason in zip(out.where, out.reason, strict=True):
+        found, remedy = told.get(reason, ("the row is left out", None))
+        findings.add(_LEFT_OUT[reason], found, where, remedy=remedy)
 
 
-def _percentiles(lengths: Any) -> list[int]:
-    return [int(n) for n in np.percentile(lengths, (50, 95, 99, 100), method="inverted_cdf")]
+def _told(lengths: NDArray[np.int64], limit: Limit) -> tuple[str, str]:
+    """What is found of a limit, and what to do."""
+    values = np.percentile(lengths, (50, 95, 99, 100), method="inverted_cdf")
+    p50, p95, p99, most = map(int, values)
+    found = (
+        f"more than {limit.tokens} tokens; half of the rows have up to {p50:,}, 95 % {p95:,}, "
+        f"99 % {p99:,}, all {most:,}"
+    )
+    more = limit.beside
+    remedy = f"{limit.key}={p99 + more} would keep 99 % of the rows, {most + more} all"
+    return found, remedy
 
 
 def whole_lengths(tokenized: Tokenized) -> Any:

@@ -130,6 +130,14 @@ class Tokenized:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
+    def leave_out(self, reason: str, where: str, prompt: int, whole: int) -> None:
+        """Counts what is left out, and keeps its place and its lengths (see `LeftOut`)."""
+        setattr(self.dropped, reason, getattr(self.dropped, reason) + 1)
+        self.left_out.where.append(where)
+        self.left_out.reason.append(reason)
+        self.left_out.prompt.append(prompt)
+        self.left_out.whole.append(whole)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns = vars(self).items()
         return {name: c[index] for name, c in columns if isinstance(c, Ragged | array | list)}
@@ -337,7 +345,7 @@ class _Limits:
     ) -> None:
         self.max_prompt_length = max_prompt_length
         self.max_length = max_length
-        self.dropped, self.left_out = kept.dropped, kept.left_out
+        self.kept, self.dropped = kept, kept.dropped
         self.stop_ids = frozenset(stop_token_ids(tokenizer))
         self.shortest_prompt: int | None = None
         self.shortest_whole: int | None = None
@@ -362,12 +370,9 @@ class _Limits:
     def leave_out(
         self, reason: str, where: str, prompt_ids: list[int], completions: list[list[int]]
     ) -> None:
-        """Counts what is left out, and keeps its place and its lengths."""
-        setattr(self.dropped, reason, getattr(self.dropped, reason) + 1)
-        self.left_out.where.append(where)
-        self.left_out.reason.append(reason)
-        self.left_out.prompt.append(len(prompt_ids))
-        self.left_out.whole.append(len(prompt_ids) + max(map(len, completions), default=0))
+        """Counts a row that is left out."""
+        prompt = len(prompt_ids)
+        self.kept.leave_out(reason, where, prompt, prompt + max(map(len, completions), default=0))
 
     def check_some_left(self, kept: int) -> None:
         """Raises PrefoptError if nothing was kept."""

@@ -14,6 +14,7 @@ from prefopt.data.text_findings import TextChecks
 from prefopt.data.token_findings import (
     Limit,
     encodable,
+    kind_of,
     length_bias,
     length_differences,
     look_at_limits,
@@ -141,7 +142,7 @@ def _tokenised(
     except PrefoptError as error:
         good = encodable(tokenizer, items, findings)
         if not good or len(good) == len(items):
-            findings.add("no rows left", str(error))
+            findings.add(kind_of(error), str(error))
             return None
         with findings.of("no rows left"):
             kept = tokenize(good)

@@ -28,6 +28,8 @@ _PHRASES = {
     "does not end a prompt with the assistant": "no assistant header",
     "differently once it is": "template changes the prompt",
     "refuses a conversation": "template refuses",
+    "nothing is left": "no rows left",
+    "longer than the limit everywhere": "no rows left",
 }
 _SYSTEM: list[Message] = [
     {"role": "system", "content": "A-probe-of-systems"},

@@ -39,7 +39,8 @@ from prefopt.judge import Judge
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.run_folder import MetricsFile
-from prefopt.trainers.base import CompleteCheckpoints, last_complete_checkpoint
+from prefopt.trainers.base import CompleteCheckpoints
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.trainers.dpo import DPOConfig, DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")

@@ -47,7 +47,7 @@ from prefopt.models.load import load_reward_model
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.store import read_lines, read_rollouts
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.trainers.rounds import RoundTrainer
 from prefopt.world import build_world
 

@@ -7,8 +7,9 @@
         pairs.jsonl                        of a round of pairs: preference pairs (``docs/data.md``)
         round.json                         counts and means; written last
 
-Each file appears whole or not at all, so that a file that is there is complete. A prompt is known
-by its position in the round.
+Each file appears whole or not at all, so that a file that is there is complete; its sum lies beside
+it (:mod:`prefopt.rounds.sums`) and is compared when it is read. A prompt is known by its position
+in the round.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ import pyarrow.parquet as pq
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import Completion
 from prefopt.rounds.judging import Judgement
-from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.sums import read_summed, write_summed
+
+RESTORE = (
+    "restore this file, or, if nothing was trained on its round yet, delete the folder of its "
+    "round and run the same command again"
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def write_rollouts(path: Path, samples: Mapping[int, Sequence[Sample]]) -> None:
     ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=_ROLLOUTS), sink, compression="zstd")
-    atomic_write(path, sink.getvalue().to_pybytes())
+    write_summed(path, sink.getvalue().to_pybytes())
 
 
 _ROLLOUTS = pa.schema(
@@ -94,7 +100,8 @@ def read_rollouts(path: Path) -> dict[int, list[Sample]]:
         PrefoptError: The file cannot be read.
     """
     try:
-        rows = pq.read_table(path, schema=_ROLLOUTS).to_pylist()
+        content = pa.BufferReader(read_summed(path, RESTORE))
+        rows = pq.read_table(content, schema=_ROLLOUTS).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
     samples: dict[int, list[Sample]] = {}
@@ -128,7 +135,7 @@ def read_judgements(path: Path) -> dict[int, Judgement]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Stores rows as JSON lines; numbers come back as they were, to the last bit."""
-    atomic_write(path, json_lines(rows))
+    write_summed(path, json_lines(rows))
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -143,14 +150,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         PrefoptError: The file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_summed(path, RESTORE).decode()
         return [json.loads(line) for line in text.split("\n") if line]
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> PrefoptError:
-    return PrefoptError(
-        f"{path}: cannot be read ({error}); restore this file, or, if nothing was trained on its "
-        "round yet, delete the folder of its round and run the same command again"
-    )
+    return PrefoptError(f"{path}: cannot be read ({error}); {RESTORE}")

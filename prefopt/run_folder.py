@@ -54,8 +54,8 @@ def check_run(recipe: Recipe) -> None:
     different = {key: change for key, change in changes if key not in PLACES}
     if different:
         raise PrefoptError(
-            f"{folder}: this run was begun with another recipe ({listed(different)}); "
-            "restore these values, choose another run_dir, or delete the folder to begin again"
+            f"{folder}: this run was begun with other values of {listed(different)}; "
+            "restore them, choose another run_dir, or delete the folder to begin again"
         )
 
 
@@ -76,7 +76,7 @@ def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
         found.pop("format", None)
         if different := dict(differences(found, data)):
             raise PrefoptError(
-                f"{folder}: this run was begun with other data or processes ({listed(different)}); "
+                f"{folder}: this run was begun with other {listed(different)}; "
                 "restore what was there, or choose another run_dir"
             )
     atomic_write(facts, json.dumps({"format": FORMAT, **data}, indent=2) + "\n")

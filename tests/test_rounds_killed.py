@@ -320,7 +320,6 @@ def test_what_is_on_disk_is_not_asked_for_again(make: Make, fails: str) -> None:
     ("gone", "message"),
     [
         ("0000", "0000: this round is gone but its training has begun"),
-        ("0001/pairs.jsonl", "0001: this round is gone but its training has begun"),
         ("0001", "0001: this round is gone but its training has begun"),
         ("initial", "weights this run began with are gone"),
         ("", "weights this run began with are gone"),

@@ -23,7 +23,9 @@ from transformers import PreTrainedConfig
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.gathered import whole_tensor
-from prefopt.rounds.sums import read_summed, set_aside_damaged, write_summed
+from prefopt.rounds.sums import damaged, read_summed, set_aside, write_summed
+
+ANEW = "delete this file and run the same command again to compute them anew"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class LogProbShards:
 
     def set_aside_damaged(self) -> None:
         """Takes damaged shards out of the way, to be computed again; one process calls this."""
-        set_aside_damaged(map(self._path, range(self.count)))
+        set_aside(damaged(map(self._path, range(self.count))))
 
     def trees_in(self, shard: int) -> range:
         """The indices of a shard's trees."""
@@ -62,14 +64,16 @@ class LogProbShards:
         """Stores a shard's numbers, float32 [sum of its trees' sizes], all at once or not."""
         write_summed(self._path(shard), save({"log_probs": values.float().cpu().contiguous()}))
 
-    def load(self) -> list[Tensor]:
+    def load(self, otherwise: str = ANEW) -> list[Tensor]:
         """All numbers, one float32 tensor [size] a tree.
+
+        Args:
+            otherwise: What to do where a shard is damaged, for the error.
 
         Raises:
             PrefoptError: A shard is missing, cannot be read or has the wrong size.
         """
         trees: list[Tensor] = []
-        otherwise = "delete this file and run the same command again to compute them anew"
         for shard in range(self.count):
             path, sizes = self._path(shard), [self.sizes[i] for i in self.trees_in(shard)]
             try:
@@ -80,8 +84,7 @@ class LogProbShards:
                 ) from error
             if len(values) != sum(sizes):
                 raise PrefoptError(
-                    f"{path}: found {len(values)} log-probs, expected {sum(sizes)}; delete this "
-                    "file and run the same command again"
+                    f"{path}: found {len(values)} log-probs, expected {sum(sizes)}; {otherwise}"
                 )
             trees.extend(values.split(sizes))
         return trees

@@ -8,7 +8,7 @@ taken as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import xxhash
@@ -23,7 +23,16 @@ CHUNK = 2**22
 
 
 class DamagedError(PrefoptError):
-    """A file is not what was written."""
+    """A file is not what was written.
+
+    Args:
+        damage: Which, what was found, and what was expected.
+        otherwise: What to do about it.
+    """
+
+    def __init__(self, damage: str, otherwise: str) -> None:
+        super().__init__(f"{damage}; {otherwise}")
+        self.damage = damage
 
 
 def sum_path(path: Path) -> Path:
@@ -51,7 +60,7 @@ def write_sum(path: Path, found: str) -> None:
     atomic_write(sum_path(path), f"{found}  {path.name}\n")
 
 
-def read_summed(path: Path, otherwise: str = "restore it from a copy") -> bytes:
+def read_summed(path: Path, otherwise: str) -> bytes:
     """The content of a file.
 
     Args:
@@ -66,7 +75,7 @@ def read_summed(path: Path, otherwise: str = "restore it from a copy") -> bytes:
     expected = expected_sum(path)
     found = xxhash.xxh3_128_hexdigest(content)
     if expected not in (None, found):
-        raise DamagedError(_says(path, len(content), found, expected) + f"; {otherwise}")
+        raise DamagedError(_says(path, len(content), found, expected), otherwise)
     return content
 
 
@@ -96,19 +105,17 @@ def damage_of(path: Path) -> str | None:
     return _says(path, path.stat().st_size, found, expected)
 
 
-def set_aside_damaged(paths: Iterable[Path]) -> dict[Path, str]:
-    """Takes damaged files out of the way, so that they are made again; one process calls this.
+def damaged(paths: Iterable[Path]) -> dict[Path, str]:
+    """Those of some files that are there and damaged, and in words how."""
+    found = ((path, damage_of(path)) for path in paths if path.exists())
+    return {path: damage for path, damage in found if damage is not None}
 
-    Returns:
-        The damaged files, now under ``NAME.corrupt``, and what their sums are to be.
-    """
-    aside = {}
-    for path in paths:
-        if path.exists() and (damage := damage_of(path)) is not None:
-            aside[path] = expected_sum(path) or ""
-            kept = path.rename(path.with_name(f"{path.name}.corrupt"))
-            logger.warning("%s; kept as %s, made again", damage, kept.name)
-    return aside
+
+def set_aside(damages: Mapping[Path, str]) -> None:
+    """Takes damaged files out of the way, as ``NAME.corrupt``; one process calls this."""
+    for path, damage in damages.items():
+        kept = path.replace(path.with_name(f"{path.name}.corrupt"))
+        logger.warning("%s; kept as %s, made again", damage, kept.name)
 
 
 def _says(path: Path, size: int, found: str, expected: str | None) -> str:

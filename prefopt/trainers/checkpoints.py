@@ -105,6 +105,23 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def way_back(output_dir: Path, step: int, rounds: Path) -> str:
+    """What to do where a round is damaged that cannot be made again, in words.
+
+    Args:
+        output_dir: Where checkpoints are.
+        step: The round's first, from 0.
+        rounds: The round's folder.
+    """
+    older = [path for path in complete_checkpoints(output_dir) if step_of(path) <= step]
+    newer = sorted((path for path in _folders(output_dir) if step_of(path) > step), key=step_of)
+    goes_on = f"from {older[-1]}" if older else "from the beginning"
+    return (
+        f"restore the file, or delete {', '.join(map(str, [*newer, rounds]))} and the rounds after "
+        f"it: the same command then goes on {goes_on}"
+    )
+
+
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's name says."""
     return int(checkpoint.name.rsplit("-", 1)[1])

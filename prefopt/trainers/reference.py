@@ -17,16 +17,18 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from prefopt.data.tree import PromptTree, TreeBatch
-from prefopt.errors import PrefoptError
 from prefopt.models.gathered import is_partitioned
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.log_probs import (
+    ANEW,
     LogProbShards,
     fill_shards,
     store_key,
     trees_fingerprint,
     weights_fingerprint,
 )
+from prefopt.rounds.processes import from_main
+from prefopt.rounds.sums import DamagedError
 from prefopt.trainers.base import TreeDataset, TreeTrainer
 
 logger = logging.getLogger(__name__)
@@ -117,16 +119,18 @@ def stored_log_probs(
         One float32 tensor [size] a tree.
 
     Raises:
-        PrefoptError: Something is missing and the weights are past.
+        PrefoptError: Something is missing or damaged and the weights are past.
     """
     args, accelerator = trainer.args, trainer.accelerator
     shards = LogProbShards(folder, sizes or [len(tree.completions) for tree in trees])
+    if not moved:
+        from_main(shards.set_aside_damaged)
     missing = shards.missing()
     accelerator.wait_for_everyone()  # no rank may write before all have seen what is missing
     if missing and moved:
-        raise PrefoptError(
-            f"{folder}: log-probs of this run are gone and its weights have moved; restore the "
-            "folder, or delete the checkpoints to begin again"
+        raise DamagedError(
+            f"{folder}: log-probs of this run are gone and its weights have moved",
+            "restore the folder, or delete the checkpoints to begin again",
         )
     if missing:
         model = model or trainer.model_wrapped
@@ -156,7 +160,12 @@ def stored_log_probs(
         accelerator.wait_for_everyone()
         if rows >= SHOWN_ROWS:
             logger.info("log-probs of %d rows: %s", len(trees), folder)
-    return shards.load()
+    return shards.load(
+        "the weights that gave them have moved: restore the file, or delete the checkpoints to "
+        "begin again"
+        if moved
+        else ANEW
+    )
 
 
 def report_initial_margins(trainer: TreeTrainer, dataset: TreeDataset, beta: float) -> float:

@@ -17,8 +17,8 @@ from prefopt.errors import DataError, PrefoptError
 from prefopt.generate import Generator, completion_row
 from prefopt.rollout.engine import Completion, SamplingSettings
 from prefopt.rounds.log_probs import weights_fingerprint
-from prefopt.rounds.storage import atomic_write, digest, read_appended
-from prefopt.rounds.store import json_lines, write_lines
+from prefopt.rounds.storage import append, atomic_write, digest, read_appended
+from prefopt.rounds.store import json_lines
 
 Key = tuple[str, int]
 
@@ -266,26 +266,24 @@ def sample_to_file(
     missing = [index for index in range(len(prompts)) if index not in groups]
     if missing:
         _write_rows(path, groups)
-        with path.open("a", encoding="utf-8") as file:
 
-            def keep(position: int, completions: list[Completion]) -> None:
-                index = missing[position]
-                groups[index] = [
-                    {"index": index, **completion_row(prompts[index], sample, completion)}
-                    for sample, completion in enumerate(completions)
-                ]
-                file.write(json_lines(groups[index]))
-                file.flush()
+        def keep(position: int, completions: list[Completion]) -> None:
+            index = missing[position]
+            groups[index] = [
+                {"index": index, **completion_row(prompts[index], sample, completion)}
+                for sample, completion in enumerate(completions)
+            ]
+            append(path, json_lines(groups[index]))
 
-            generator.answer(
-                [prompts[index] for index in missing], [each[index] for index in missing], done=keep
-            )
+        generator.answer(
+            [prompts[index] for index in missing], [each[index] for index in missing], done=keep
+        )
         _write_rows(path, groups)
     return [groups[index] for index in range(len(prompts))], record
 
 
 def _write_rows(path: Path, groups: dict[int, list[dict[str, Any]]]) -> None:
-    write_lines(path, [row for index in sorted(groups) for row in groups[index]])
+    atomic_write(path, json_lines(row for index in sorted(groups) for row in groups[index]))
 
 
 def _check_record(path: Path, found: dict[str, Any], record: dict[str, Any]) -> None:

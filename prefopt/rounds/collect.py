@@ -25,15 +25,15 @@ from prefopt.rounds.sampling import Sampler, sample_shards
 from prefopt.rounds.store import (
     RESTORE,
     Sample,
+    json_lines,
     judgements_path,
     read_judgements,
     read_rollouts,
     rollouts_path,
     write_judgements,
-    write_lines,
     write_rollouts,
 )
-from prefopt.rounds.sums import DamagedError
+from prefopt.rounds.sums import DamagedError, write_summed
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 # (prompts, the texts of each prompt's samples, a name for each prompt) -> one judgement a prompt
@@ -107,7 +107,7 @@ def collect_samples(
         report = {"round": index, **sampling_report(collected)}
         if collector.sampler.resets is not None:
             report |= reset_report(collected)
-        write_lines(folder / "round.json", [report])
+        write_summed(folder / "round.json", json_lines([report]))
     state.wait_for_everyone()
     return seconds
 

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import Completion
 from prefopt.rounds.judging import Judgement
+from prefopt.rounds.storage import atomic_write
 from prefopt.rounds.sums import read_summed, write_summed
 
 RESTORE = (
@@ -116,7 +117,8 @@ def read_rollouts(path: Path) -> dict[int, list[Sample]]:
 
 def write_judgements(path: Path, judgements: Mapping[int, Judgement]) -> None:
     """Stores what the judge said of a shard's prompts, by position."""
-    write_lines(path, ({"position": p, **asdict(j)} for p, j in judgements.items()))
+    rows = ({"position": p, **asdict(j)} for p, j in judgements.items())
+    write_summed(path, json_lines(rows))
 
 
 def read_judgements(path: Path) -> dict[int, Judgement]:
@@ -135,7 +137,7 @@ def read_judgements(path: Path) -> dict[int, Judgement]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Stores rows as JSON lines; numbers come back as they were, to the last bit."""
-    write_summed(path, json_lines(rows))
+    atomic_write(path, json_lines(rows))
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -147,7 +149,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines.
 
     Raises:
-        PrefoptError: The file cannot be read.
+        PrefoptError: The file cannot be read, or has a sum that is not its own.
     """
     try:
         text = read_summed(path, RESTORE).decode()

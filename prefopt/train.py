@@ -56,7 +56,7 @@ from prefopt.rounds.processes import from_main
 from prefopt.rounds.storage import atomic_write, put_in_place
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
-from prefopt.trainers.base import CompleteCheckpoints, TreeTrainerConfig
+from prefopt.trainers.base import CompleteCheckpoints, TreeTrainer, TreeTrainerConfig
 from prefopt.trainers.checkpoints import (
     last_complete_checkpoint,
     remove_leftovers,
@@ -483,8 +483,10 @@ def make_trainer(
         raise PrefoptError(f"{algorithm}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    start = partial(_load_model, recipe, tokenizer, recipe.model.quantization)
+    if isinstance(trainer, TreeTrainer):
+        trainer.load_start = start
     if task is not None:
-        start = partial(_load_model, recipe, tokenizer, recipe.model.quantization)
         Evaluation(trainer, replace(task, load_start=start), folder / "evaluations", weights)
     return trainer
 

@@ -22,13 +22,17 @@ from safetensors.torch import save_file
 from test_rounds import Make, contents, equal, make_trainer, weights
 from test_rounds_killed import EVERY_TWO_STEPS, StopBefore, interrupted
 
-from prefopt import disk
+from prefopt import disk, generate
+from prefopt.cli import main
 from prefopt.disk import is_full, writing
 from prefopt.errors import PrefoptError
+from prefopt.generate import Generator
+from prefopt.recipe import Recipe
 from prefopt.rounds import storage
 from prefopt.rounds.facts import FORMAT, check_format, differences
 from prefopt.rounds.storage import append, atomic_write, read_appended, remove_directory
 from prefopt.rounds.sums import DamagedError, read_summed, sum_path, write_summed
+from prefopt.train import train
 from prefopt.trainers import checkpoints
 from prefopt.trainers.checkpoints import (
     COMPLETE_MARKER,
@@ -37,6 +41,7 @@ from prefopt.trainers.checkpoints import (
     rotate,
 )
 from prefopt.trainers.rounds import RoundTrainer
+from prefopt.world import build_world
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
@@ -307,6 +312,76 @@ def test_damaged_initial_weights_are_made_again_before_the_first_step_only(make:
     shutil.rmtree(Path(trainer.args.output_dir) / "checkpoint-2")
     resume(make, None, max_steps=1)
     assert path.read_bytes() == content
+
+
+def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(
+    tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    world = build_world(tmp_path / "world", sft_rows=8, preference_rows=24, prompt_rows=4)
+    recipe = Recipe.model_validate(
+        {
+            "name": "dpo",
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(world.base)},
+            "data": {"path": str(world.preferences)},
+            "trainer": {
+                "algorithm": "dpo",
+                "max_steps": 4,
+                "save_steps": 2,
+                "save_strategy": "steps",
+                "per_device_train_batch_size": 4,
+            },
+        }
+    )
+    train(recipe)
+    run = Path(recipe.run_dir)
+    expected = (run / "final" / "model.safetensors").read_bytes()
+    (run / "summary.json").unlink()
+    cut(run / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    (shard,) = run.glob("log_probs/*/shard-00000.safetensors")
+    flip(shard)
+    flip(run / "final" / "model.safetensors")
+    train(recipe)
+    assert "checkpoint-4/model.safetensors: found" in warned.text
+    assert "this checkpoint is passed over" in warned.text
+    assert f"{shard}: damaged" in warned.text
+    assert (run / "final" / "model.safetensors").read_bytes() == expected
+    assert json.loads((run / "data.json").read_text())["format"] == FORMAT
+    assert not list(run.rglob("*.partial*"))
+
+
+def test_generating_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = build_world(tmp_path / "world", sft_rows=8, preference_rows=8, prompt_rows=6)
+    outs = [tmp_path / name for name in ("whole.jsonl", "killed.jsonl")]
+    command = ["generate", str(world.base), str(world.prompts), "--max-new-tokens", "4"]
+    assert main([*command, "--out", str(outs[0])]) == 0
+    asked: list[int] = []
+    answer = Generator.answer
+
+    def watched(self: Generator, prompts: Any, *rest: Any, **more: Any) -> Any:
+        asked.append(len(prompts))
+        return answer(self, prompts, *rest, **more)
+
+    def killed(path: Path, lines: str) -> None:
+        append(path, lines)
+        if path.read_text().count("\n") == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "answer", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "append", killed)
+        assert main([*command, "--out", str(outs[1])]) == 130
+    assert not outs[1].exists()
+    assert main([*command, "--out", str(outs[1])]) == 0
+    assert asked == [6, 4]
+    assert outs[1].read_bytes() == outs[0].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "killed.jsonl",
+        "whole.jsonl",
+        "world",
+    ]
 
 
 # --- older formats -------------------------------------------------------------------------------

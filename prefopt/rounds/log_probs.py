@@ -51,6 +51,10 @@ class LogProbShards:
         """The shards that are not on disk yet."""
         return [shard for shard in range(self.count) if not self._path(shard).exists()]
 
+    def are_whole(self) -> bool:
+        """Whether all shards are on disk as they were written."""
+        return not self.missing() and not damaged(map(self._path, range(self.count)))
+
     def set_aside_damaged(self) -> None:
         """Takes damaged shards out of the way, to be computed again; one process calls this."""
         set_aside(damaged(map(self._path, range(self.count))))

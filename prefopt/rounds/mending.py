@@ -20,6 +20,7 @@ from prefopt.rounds.sums import (
     set_aside,
     sum_of_file,
     sum_path,
+    summed_files,
 )
 
 PAIRS, REPORT, SAMPLES = "pairs.jsonl", "round.json", "draw-*"
@@ -75,12 +76,15 @@ def clear_damaged_results(folder: Path, names: Collection[str]) -> dict[Path, st
     if not again and SAMPLES not in names:
         return {}
     for drawing in _drawings(folder):
-        for damage in damaged(sorted(drawing.glob("rollouts-*.parquet"))).values():
-            raise DamagedError(f"{damage}; the policy that drew these samples has moved", RESTORE)
         bad |= damaged(sorted(drawing.glob("judgements-*.jsonl")))
-        sums = drawing.glob(".judgements-*.jsonl.xxh128")
-        paths = (path.with_name(path.name[1 : -len(".xxh128")]) for path in sums)
-        again |= {path for path in paths if path in bad or _is_gone(path)}
+        lost = damaged(sorted(drawing.glob("rollouts-*.parquet")))
+        for path in summed_files(drawing):
+            if path.name.startswith("judgements-") and (path in bad or _is_gone(path)):
+                again.add(path)
+            elif path.name.startswith("rollouts-") and _is_gone(path):
+                lost[path] = f"{path}: gone"
+        for damage in lost.values():
+            raise DamagedError(f"{damage}; the policy that drew these samples has moved", RESTORE)
     if not again:
         return {}
     again |= {path for path in results if expected_sum(path) is not None}

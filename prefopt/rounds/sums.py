@@ -40,6 +40,12 @@ def sum_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.xxh128")
 
 
+def summed_files(folder: Path) -> list[Path]:
+    """The files of a folder that have a sum, whether they are still there or not; in order."""
+    sums = folder.glob(".*.xxh128")
+    return sorted(path.with_name(path.name.removeprefix(".")).with_suffix("") for path in sums)
+
+
 def write_summed(path: Path, content: str | bytes) -> None:
     """Writes a file as `atomic_write` does, and its sum before it.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -262,7 +262,12 @@ class TreeTrainer(CompleteCheckpoints):
         processing_class: The policy's tokenizer, saved beside the weights.
         peft_config: A PEFT configuration such as ``LoraConfig``.
         **kwargs: What else ``transformers.Trainer`` takes (callbacks, optimizers).
+
+    Attributes:
+        load_start: Loads the model anew that training began with, if something can.
     """
+
+    load_start: Callable[[], nn.Module] | None = None
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from prefopt.data.tree import PromptTree, TreeBatch
+from prefopt.models.forward import enable_trees
 from prefopt.models.gathered import is_partitioned
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.log_probs import (
@@ -61,7 +62,8 @@ def reference_log_probs(
         dataset: The trees.
         fingerprint: Of the reference's weights.
         adapter: Whether the reference is the model under its adapter.
-        resumed: Whether the weights have moved since; then only an adapter model can still compute.
+        resumed: Whether the weights have moved since; then an adapter model can still compute, and
+            another one is loaded anew (``trainer.load_start``) if it must.
         temperature: Of the distribution that is read.
 
     Returns:
@@ -82,14 +84,32 @@ def reference_log_probs(
     )
     folder = Path(args.log_probs_dir or Path(args.output_dir) / "log_probs") / f"reference-{key}"
     unwrapped = accelerator.unwrap_model(trainer.model_wrapped)
+    moved = resumed and not adapter
+    start = _start(trainer, dataset.trees, folder, fingerprint) if moved else None
     return stored_log_probs(
         trainer,
         dataset.trees,
         folder,
         weights=unwrapped.disable_adapter() if adapter else nullcontext(),
-        moved=resumed and not adapter,
+        moved=moved and start is None,
+        model=start,
         read=partial(sequence_log_probs, temperature=temperature),
     )
+
+
+def _start(
+    trainer: TreeTrainer, trees: Sequence[PromptTree], folder: Path, fingerprint: str
+) -> nn.Module | None:
+    """The model that a run began with, where its log-probs are not whole and it can be had."""
+    shards = LogProbShards(folder, [len(tree.completions) for tree in trees])
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.load_start is None or sharded or from_main(shards.are_whole):
+        return None
+    model = trainer.load_start()
+    if shared_fingerprint(model) != fingerprint:
+        return None
+    enable_trees(model)
+    return model.to(trainer.args.device)
 
 
 def stored_log_probs(

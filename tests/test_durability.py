@@ -19,8 +19,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_rounds import Make, contents, equal, make_trainer, weights
-from test_rounds_killed import EVERY_TWO_STEPS, StopBefore, interrupted
+from test_rounds import Make, Stopped, brief_policy, contents, equal, make_trainer, weights
+from test_rounds_killed import (
+    EVERY_TWO_STEPS,
+    FOUR_STEPS,
+    SAMPLE_ROUNDS,
+    StopBefore,
+    all_weights,
+    interrupted,
+)
 
 from prefopt import disk, generate
 from prefopt.cli import main
@@ -312,6 +319,37 @@ def test_damaged_initial_weights_are_made_again_before_the_first_step_only(make:
     shutil.rmtree(Path(trainer.args.output_dir) / "checkpoint-2")
     resume(make, None, max_steps=1)
     assert path.read_bytes() == content
+
+
+def test_rounds_of_samples_are_mended_while_they_are_trained_on(
+    make: Make, warned: pytest.LogCaptureFixture
+) -> None:
+    options = {**FOUR_STEPS, **SAMPLE_ROUNDS["ppo"], **EVERY_TWO_STEPS, "rounds": 2}
+
+    def brief(run: str, **more: Any) -> RoundTrainer:
+        return make(run, model=brief_policy(), **options, **more)
+
+    whole = brief("whole")
+    whole.train()
+    trainer = brief("run", callbacks=[StopBefore(7)])
+    with pytest.raises(Stopped):
+        trainer.train()
+    folder = trainer.rounds_dir / "0001"
+    flip(folder / "draw-0" / "judgements-00000.jsonl")
+    newest = last_complete_checkpoint(Path(trainer.args.output_dir), sums=True)
+    assert newest is not None
+    assert newest.name == "checkpoint-6"
+    resumed = brief("run")
+    resumed.train(resume_from_checkpoint=str(newest))
+    assert "judgements-00000.jsonl: damaged" in warned.text
+    assert [n for n, w in all_weights(whole).items() if not equal(w, all_weights(resumed)[n])] == []
+    for path, says in (
+        (folder / "log_probs" / "critic" / "shard-00000.safetensors", "damaged"),
+        (folder / "draw-0" / "rollouts-00000.parquet", "damaged"),
+    ):
+        flip(path)
+        with pytest.raises(PrefoptError, match=rf"{path.name}: {says}: .*delete .*go(es)? on"):
+            brief("run").train(resume_from_checkpoint=str(newest))
 
 
 def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(

@@ -54,10 +54,16 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes, *, sync_name: bool = True) -> None:
     """Writes a file so that a reader finds the old content or the new, never a part.
 
     A lone surrogate, which UTF-8 has no bytes for, is written as JSON escapes it.
+
+    Args:
+        path: The file.
+        content: Text or bytes.
+        sync_name: Whether its name is flushed too; not where another file's in the same folder is
+            right after.
 
     Raises:
         PrefoptError: The disk is full.
@@ -69,7 +75,8 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             partial.write_bytes(as_bytes(content))
             _sync(partial)
             partial.replace(path)
-            _sync(path.parent)
+            if sync_name:
+                _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -62,8 +62,8 @@ def write_summed(path: Path, content: str | bytes) -> None:
 
 
 def write_sum(path: Path, found: str) -> None:
-    """Writes down what the sum of a file is to be."""
-    atomic_write(sum_path(path), f"{found}  {path.name}\n")
+    """Writes down what the sum of a file is to be, which is then written."""
+    atomic_write(sum_path(path), f"{found}  {path.name}\n", sync_name=False)
 
 
 def read_summed(path: Path, otherwise: str) -> bytes:

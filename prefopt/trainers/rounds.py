@@ -382,7 +382,7 @@ class RoundTrainer(TreeTrainer):
             return
 
         def work() -> None:  # the policy that was sampled ahead is past
-            with self._way_back(index - 1):
+            with self._way_back(index, since=index - 1):
                 clear_damaged_results(folder, (REPORT, PAIRS, SAMPLES))
 
         from_main(work)
@@ -411,13 +411,19 @@ class RoundTrainer(TreeTrainer):
         from_main(check)
 
     @contextmanager
-    def _way_back(self, index: int) -> Iterator[None]:
-        """Has an error about damaged files of a round say how to go on all the same."""
+    def _way_back(self, index: int, since: int | None = None) -> Iterator[None]:
+        """Has an error about damaged files of a round say how to go on all the same.
+
+        Args:
+            index: Number of the round.
+            since: Number of the round that begins with the policy that sampled it; itself.
+        """
         try:
             yield
         except DamagedError as error:
+            start = self.starts[index if since is None else since]
             folder = round_folder(self.rounds_dir, index)
-            advice = way_back(Path(self.args.output_dir), self.starts[index], folder)
+            advice = way_back(Path(self.args.output_dir), start, folder)
             raise PrefoptError(f"{error.damage}; {advice}") from error
 
     def choose_layout_once(self, trees: Sequence[PromptTree]) -> None:

@@ -352,25 +352,42 @@ def test_rounds_of_samples_are_mended_while_they_are_trained_on(
             brief("run").train(resume_from_checkpoint=str(newest))
 
 
-def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(
-    tmp_path: Path, warned: pytest.LogCaptureFixture
-) -> None:
-    world = build_world(tmp_path / "world", sft_rows=8, preference_rows=24, prompt_rows=4)
-    recipe = Recipe.model_validate(
+def dpo_recipe(folder: Path, data: dict[str, Any], trainer: dict[str, Any]) -> Recipe:
+    """DPO on a small world, with a checkpoint every two of four steps."""
+    world = build_world(folder / "world", sft_rows=8, preference_rows=24, prompt_rows=4)
+    return Recipe.model_validate(
         {
             "name": "dpo",
-            "run_dir": str(tmp_path / "run"),
+            "run_dir": str(folder / "run"),
             "model": {"path": str(world.base)},
-            "data": {"path": str(world.preferences)},
+            "data": {"path": str(world.preferences), **data},
             "trainer": {
                 "algorithm": "dpo",
                 "max_steps": 4,
                 "save_steps": 2,
                 "save_strategy": "steps",
                 "per_device_train_batch_size": 4,
+                **trainer,
             },
         }
     )
+
+
+def test_the_best_checkpoint_is_known_by_the_name_it_keeps(tmp_path: Path) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    train(dpo_recipe(tmp_path, {"eval_fraction": 0.3}, {**best, "learning_rate": 1e-3}))
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (2, 4):
+        state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        expected = folder / f"checkpoint-{state['best_global_step']}"
+        assert state["best_model_checkpoint"] == str(expected)
+    assert state["best_global_step"] == 4
+
+
+def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(
+    tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    recipe = dpo_recipe(tmp_path, {}, {})
     train(recipe)
     run = Path(recipe.run_dir)
     expected = (run / "final" / "model.safetensors").read_bytes()

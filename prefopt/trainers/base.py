@@ -192,11 +192,11 @@ class CompleteCheckpoints(Trainer):
         final = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         aside = output_dir / ASIDE
         partial = aside / final.name
-        saves, size = self.args.should_save, size_of_next(self)
+        saves = self.args.should_save
 
         def begin() -> None:
             remove_leftovers(output_dir)
-            check_space(final, size, final.name)
+            check_space(final, size_of_next(self), final.name)
 
         from_main(begin)
         self._output_dir = str(aside)

@@ -135,10 +135,7 @@ def seconds_until(checkpoint: Path | None) -> float:
 
 
 def size_of_next(trainer: Any) -> int:
-    """Bytes that the next checkpoint takes: those of the last, or its weights and optimiser's.
-
-    All processes call this.
-    """
+    """Bytes that the next checkpoint takes: those of the last, or its weights' and optimiser's."""
     last = last_complete_checkpoint(Path(trainer.args.output_dir))
     if last is not None:
         return sum(path.stat().st_size for path in last.rglob("*") if path.is_file())

@@ -43,7 +43,7 @@ from prefopt.rounds.processes import from_main
 from prefopt.rounds.sampling import Player
 from prefopt.rounds.start import open_facts
 from prefopt.rounds.storage import digest, remove_partial
-from prefopt.rounds.store import RESTORE, json_lines, read_lines, round_folder
+from prefopt.rounds.store import json_lines, read_lines, round_folder
 from prefopt.rounds.sums import damaged, read_summed, set_aside, write_summed
 from prefopt.trainers.base import CompleteCheckpoints
 from prefopt.trainers.players import live_policy, player
@@ -52,6 +52,8 @@ from prefopt.trainers.rounds import RoundTrainer
 from prefopt.trainers.sharding import check_gathers
 
 logger = logging.getLogger(__name__)
+
+WITHOUT = "restore this file, or delete its folder to go on without this evaluation"
 
 # a judge, and all that its answers depend on, for the records
 LoadJudge = Callable[[Trainer], tuple[Judge, dict[str, Any]]]
@@ -376,11 +378,11 @@ class Evaluation:
     def _results(self, done: int) -> list[dict[str, Any]]:
         """The results of the evaluations up to a number of rounds or epochs."""
         paths = self.folder.glob("*/result.json")
-        found = (json.loads(read_summed(path, RESTORE)) for path in paths)
+        found = (json.loads(read_summed(path, WITHOUT)) for path in paths)
         return sorted((r for r in found if r["after"] <= done), key=lambda r: r["after"])
 
     def _preferences(self, done: int) -> FloatArray:
-        rows = read_lines(self.folder / f"{done:04d}" / "preferences.jsonl")
+        rows = read_lines(self.folder / f"{done:04d}" / "preferences.jsonl", WITHOUT)
         return np.array([row["preference"] for row in rows], dtype=np.float64)
 
     # --- processes -------------------------------------------------------------------------------

@@ -540,7 +540,8 @@ def _saved_whole(trainer: Trainer, path: Path) -> Iterator[Path]:
                 put_in_place(partial, path)
     finally:
         if main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in path.parent.glob(f"{partial.name}*"):  # by a killed process, too
+                shutil.rmtree(left, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_evaluation_in_training import run as evaluated_run
 from test_rounds import Make, Stopped, brief_policy, contents, equal, make_trainer, weights
 from test_rounds_killed import (
     EVERY_TWO_STEPS,
@@ -403,6 +404,30 @@ def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(
     assert (run / "final" / "model.safetensors").read_bytes() == expected
     assert json.loads((run / "data.json").read_text())["format"] == FORMAT
     assert not list(run.rglob("*.partial*"))
+
+
+def test_a_damaged_evaluation_is_made_again_while_its_policy_is_there(
+    tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(Stopped):
+        evaluated_run("online_dpo", tmp_path, None, 4, **options)
+    folder = tmp_path / "evaluations" / "0001"
+    before = contents(folder)
+    for name in ("result.json", "answers.jsonl"):
+        flip(folder / name)
+    flip(tmp_path / "evaluations" / "start.json")
+    evaluated_run("online_dpo", tmp_path, **options)
+    assert warned.text.count("made again") == 3
+    kept = {n: c for n, c in contents(folder).items() if not n.endswith(".corrupt")}
+    assert kept == before
+    flip(folder / "result.json")
+    with pytest.raises(PrefoptError, match=r"0001/result\.json: damaged: .* delete its folder"):
+        evaluated_run("online_dpo", tmp_path, **options)  # from its last checkpoint
+    shutil.rmtree(folder)
+    assert [result["after"] for result in evaluated_run("online_dpo", tmp_path, **options)[1]] == [
+        2
+    ]
 
 
 def test_generating_goes_on_where_it_was_killed(

@@ -145,18 +145,22 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, otherwise: str = RESTORE) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines.
+
+    Args:
+        path: The file.
+        otherwise: What to do where it is damaged, for the error.
 
     Raises:
         PrefoptError: The file cannot be read, or has a sum that is not its own.
     """
     try:
-        text = read_summed(path, RESTORE).decode()
+        text = read_summed(path, otherwise).decode()
         return [json.loads(line) for line in text.split("\n") if line]
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, otherwise) from error
 
 
-def _unreadable(path: Path, error: Exception) -> PrefoptError:
-    return PrefoptError(f"{path}: cannot be read ({error}); {RESTORE}")
+def _unreadable(path: Path, error: Exception, otherwise: str = RESTORE) -> PrefoptError:
+    return PrefoptError(f"{path}: cannot be read ({error}); {otherwise}")

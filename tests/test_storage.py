@@ -55,6 +55,21 @@ def test_a_directory_replaces_the_old_one_whole(tmp_path) -> None:
     assert [p.name for p in target.iterdir()] == ["second"]
 
 
+def test_a_directory_that_cannot_be_renamed_keeps_the_old_one(tmp_path, monkeypatch) -> None:
+    target, rename = tmp_path / "round", Path.rename
+    target.mkdir()
+
+    def fails(self: Path, to: Path) -> Path:
+        if to == target and "old" not in self.name:
+            raise OSError("cut")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="cut"), atomic_directory(target) as folder:
+        (folder / "rows").touch()
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_what_a_killed_process_left_aside_is_not_taken_over(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(storage.os, "getpid", lambda: 42)
     stale = tmp_path / ".round.partial-42"

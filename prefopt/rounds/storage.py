@@ -41,7 +41,12 @@ def put_in_place(partial: Path, path: Path) -> None:
     old = _aside(path).with_name(f".{path.name}.partial-old-{os.getpid()}")
     if path.exists():
         path.rename(old)
-    partial.rename(path)
+    try:
+        partial.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 

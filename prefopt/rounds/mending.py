@@ -26,13 +26,22 @@ from prefopt.rounds.sums import (
 PAIRS, REPORT, SAMPLES = "pairs.jsonl", "round.json", "draw-*"
 
 
-def clear_damaged(folder: Path) -> None:
-    """Takes what is damaged of a round out of the way that its policy can still sample.
+def clear_damaged(folder: Path, *, past: bool = False) -> None:
+    """Takes what is damaged of a round that begins out of the way.
 
     One process calls this. Were it killed meanwhile, the next one would find the same damage.
+
+    Args:
+        folder: The round's.
+        past: Whether the policy that samples has moved since.
+
+    Raises:
+        DamagedError: Samples of a past policy are damaged.
     """
     for drawing in _drawings(folder):
         rollouts = damaged(sorted(drawing.glob("rollouts-*.parquet")))
+        for damage in rollouts.values() if past else ():
+            raise _lost(damage)
         judgements = damaged(sorted(drawing.glob("judgements-*.jsonl")))
         if not rollouts and not judgements:
             continue
@@ -84,7 +93,7 @@ def clear_damaged_results(folder: Path, names: Collection[str]) -> dict[Path, st
             elif path.name.startswith("rollouts-") and _is_gone(path):
                 lost[path] = f"{path}: gone"
         for damage in lost.values():
-            raise DamagedError(f"{damage}; the policy that drew these samples has moved", RESTORE)
+            raise _lost(damage)
     if not again:
         return {}
     again |= {path for path in results if expected_sum(path) is not None}
@@ -111,6 +120,10 @@ def check_made_again(expected: Mapping[Path, str]) -> None:
                 f"XXH3 sum {found}, expected {wanted}",
                 RESTORE,
             )
+
+
+def _lost(damage: str) -> DamagedError:
+    return DamagedError(f"{damage}; the policy that drew these samples has moved", RESTORE)
 
 
 def _drawings(folder: Path) -> list[Path]:

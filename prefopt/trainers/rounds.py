@@ -34,7 +34,6 @@ from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.collect import Ask, Collector
 from prefopt.rounds.mending import (
-    PAIRS,
     REPORT,
     SAMPLES,
     check_made_again,
@@ -330,7 +329,8 @@ class RoundTrainer(TreeTrainer):
         args, folder = self.args, round_folder(self.rounds_dir, index)
         begins = self.state.global_step == start
         self.starts.append(start)
-        self._mend_begun(index) if begins else self._mend(index, REPORT)
+        if not begins:
+            self._mend(index, REPORT)
         if not begins and not self.is_collected(folder):
             raise PrefoptError(
                 f"{folder}: this round is gone but its training has begun; restore the folder, or "
@@ -344,6 +344,8 @@ class RoundTrainer(TreeTrainer):
             seconds |= self.ahead.wait()
             self.ahead.seconds = {}
             facts["staleness"] = start - (self.current.start if self.current else start)
+        if begins:
+            self._mend_begun(index)
         seconds |= self.collect(index, folder)
         (report,) = read_lines(folder / "round.json")
         self.reports_of.append(report)
@@ -357,6 +359,8 @@ class RoundTrainer(TreeTrainer):
         opened = OpenRound(index, start, self._steps(rows), order)
         more = index + 1 < len(self.plan) and opened.end < args.max_steps
         if begins and self.ahead is not None and more:
+            ahead = round_folder(self.rounds_dir, index + 1)
+            from_main(lambda: clear_damaged(ahead))
             self.ahead.begin(index + 1)  # before training moves the weights
         if self.state.global_step < opened.end:
             for again in self.window(index):
@@ -377,15 +381,13 @@ class RoundTrainer(TreeTrainer):
     def _mend_begun(self, index: int) -> None:
         """Has damaged files of a round that begins made again, as it is brought to disk."""
         folder = round_folder(self.rounds_dir, index)
-        if self.ahead is None or index == 0:
-            from_main(lambda: clear_damaged(folder))
-            return
+        past = self.ahead is not None and index > 0  # the policy that was sampled ahead
 
-        def work() -> None:  # the policy that was sampled ahead is past
-            with self._way_back(index, since=index - 1):
-                clear_damaged_results(folder, (REPORT, PAIRS, SAMPLES))
+        def clear() -> None:
+            with self._way_back(index, since=index - past):
+                clear_damaged(folder, past=past)
 
-        from_main(work)
+        from_main(clear)
 
     def _mend(self, index: int, *names: str) -> None:
         """Has damaged files of a round made again whose policy is past; they must be the same."""

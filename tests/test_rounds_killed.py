@@ -463,11 +463,10 @@ def progress(run: Path, began: int = 0) -> int:
 def phase(run: Path, began: int, *, prompts: int, judged: bool, shard: int = 2) -> str:
     """What a run was at when it was killed, as told by what it left."""
     written = [p for p in run.rglob("*") if p.is_file() and modified(p) > began]
+    if any("/.partial/checkpoint-" in str(path) for path in written):
+        return "checkpointing"
     if any(".partial" in str(path) for path in written):
         return "writing"
-    checkpoints = {path.parent for path in written if path.parent.name.startswith("checkpoint-")}
-    if any(not (folder / "complete.json").exists() for folder in checkpoints):
-        return "checkpointing"
     made = [run / name for name in ("rounds", "checkpoints", "metrics.jsonl")]
     if not any(path.is_relative_to(place) for path in written for place in made):
         return "loading"

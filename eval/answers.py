@@ -6,7 +6,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ from typing import Any
 from prefopt.data.rows import Prompt, parse_prompt, prompt_text, validate
 from prefopt.data.sources import SUFFIXES, Row, read_rows
 from prefopt.errors import DataError, PrefoptError
-from prefopt.generate import Generator, completion_row
-from prefopt.rollout.engine import Completion, SamplingSettings
-from prefopt.rounds.log_probs import weights_fingerprint
-from prefopt.rounds.storage import atomic_write, digest, read_appended
-from prefopt.rounds.store import json_lines, write_lines
+from prefopt.generate import Generator, sample_to_file
+from prefopt.rollout.engine import SamplingSettings
+from prefopt.rounds.storage import atomic_write
 
 Key = tuple[str, int]
 
@@ -223,83 +221,3 @@ def model_name(model: str) -> str:
     """A short name for a model's path."""
     parts = [part for part in Path(model).parts if part not in ("/", "final", "..", ".")]
     return parts[-1] if parts else model
-
-
-def sample_to_file(
-    generator: Generator,
-    prompts: Sequence[Prompt],
-    settings: SamplingSettings | Sequence[SamplingSettings],
-    path: Path,
-) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:
-    """Has a model answer prompts; what it has answered survives a killed process.
-
-    Args:
-        generator: The model.
-        prompts: The prompts.
-        settings: How to decode: the same for all prompts, or one for each.
-        path: JSON lines as `prefopt generate` writes them, with the prompt's ``index``. A line is
-            added as soon as a prompt is answered, and not asked for again. Beside it,
-            ``NAME.decoding.json`` says what made them.
-
-    Returns:
-        The rows of each prompt's answers, and what made them.
-
-    Raises:
-        PrefoptError: The file holds answers of another model, to other prompts or otherwise
-            decoded.
-    """
-    parts = [settings] if isinstance(settings, SamplingSettings) else list(settings)
-    record = {
-        "weights": weights_fingerprint(generator.engine.model),
-        "prompts": digest(prompts),
-        "sampling": [asdict(part) for part in dict.fromkeys(parts)],
-        "chat_template": generator.tokenizer.chat_template,
-    }
-    stated = path.with_name(f"{path.name.removesuffix('.jsonl')}.decoding.json")
-    if stated.exists() and path.exists():
-        _check_record(path, json.loads(stated.read_text()), record)
-    else:
-        path.unlink(missing_ok=True)
-        atomic_write(stated, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    each = parts * len(prompts) if len(parts) == 1 else parts
-    groups = _read_answered(path, [part.samples_per_prompt for part in each])
-    missing = [index for index in range(len(prompts)) if index not in groups]
-    if missing:
-        _write_rows(path, groups)
-        with path.open("a", encoding="utf-8") as file:
-
-            def keep(position: int, completions: list[Completion]) -> None:
-                index = missing[position]
-                groups[index] = [
-                    {"index": index, **completion_row(prompts[index], sample, completion)}
-                    for sample, completion in enumerate(completions)
-                ]
-                file.write(json_lines(groups[index]))
-                file.flush()
-
-            generator.answer(
-                [prompts[index] for index in missing], [each[index] for index in missing], done=keep
-            )
-        _write_rows(path, groups)
-    return [groups[index] for index in range(len(prompts))], record
-
-
-def _write_rows(path: Path, groups: dict[int, list[dict[str, Any]]]) -> None:
-    write_lines(path, [row for index in sorted(groups) for row in groups[index]])
-
-
-def _check_record(path: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
-    different = sorted(key for key in record if found.get(key) != record[key])
-    if different:
-        raise PrefoptError(
-            f"{path}: these answers were made with other {', '.join(different)}; delete the file "
-            "to make them anew, or choose another --out"
-        )
-
-
-def _read_answered(path: Path, samples: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-    """The prompts that a file answers with as many samples as they are to have."""
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for row in read_appended(path):
-        groups.setdefault(row["index"], []).append(row)
-    return {index: rows for index, rows in groups.items() if len(rows) == samples[index]}

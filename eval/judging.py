@@ -20,7 +20,7 @@ from prefopt.reward_models import load_judge
 from prefopt.reward_models.api_judge import ApiJudge
 from prefopt.reward_models.chat_api import ChatAPI
 from prefopt.rounds.log_probs import weights_fingerprint
-from prefopt.rounds.storage import digest, read_appended
+from prefopt.rounds.storage import append, digest, read_appended
 
 # pairs judged before they are written down
 SHARD = 64
@@ -162,18 +162,16 @@ def _judge_kept(
     path.parent.mkdir(parents=True, exist_ok=True)
     shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)]
     console = Console(stderr=True)
-    with path.open("a", encoding="utf-8") as file:
-        for shard in track(shards, "judge", console=console, transient=True):
-            values = ask(*([column[i] for i in shard] for column in columns))
-            for index, value in zip(shard, values.tolist(), strict=True):
-                if not math.isfinite(value):
-                    raise PrefoptError(
-                        f"judge {record.get('path')}: found {value} as {name} of number "
-                        f"{index + 1}, expected a finite number; look at the judge's weights"
-                    )
-                known[keys[index]] = value
-                file.write(json.dumps({"key": keys[index], name: value}) + "\n")
-            file.flush()
+    for shard in track(shards, "judge", console=console, transient=True):
+        values = ask(*([column[i] for i in shard] for column in columns))
+        for index, value in zip(shard, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise PrefoptError(
+                    f"judge {record.get('path')}: found {value} as {name} of number "
+                    f"{index + 1}, expected a finite number; look at the judge's weights"
+                )
+            known[keys[index]] = value
+            append(path, json.dumps({"key": keys[index], name: value}) + "\n")
     return np.array([known[key] for key in keys])
 
 

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from prefopt import __version__
+from prefopt.disk import writing
 from prefopt.errors import PrefoptError
 from prefopt.eval.command import add_decoding, add_measures, count
 
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # before torch is imported: threads that spin while they wait stall each other on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        result = arguments.run(arguments)
+        with writing(Path.cwd(), "a file"):
+            result = arguments.run(arguments)
     except PrefoptError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -39,9 +39,12 @@ from prefopt.judge import Judge
 from prefopt.models.forward import unwrap_peft
 from prefopt.rollout.engine import Completion, SamplingSettings, check_prompts
 from prefopt.rollout.hf_engine import TransformersEngine
+from prefopt.rounds.processes import from_main
 from prefopt.rounds.sampling import Player
-from prefopt.rounds.storage import atomic_write, digest, remove_partial
+from prefopt.rounds.start import open_facts
+from prefopt.rounds.storage import digest, remove_partial
 from prefopt.rounds.store import json_lines, read_lines, round_folder
+from prefopt.rounds.sums import damaged, read_summed, set_aside, write_summed
 from prefopt.trainers.base import CompleteCheckpoints
 from prefopt.trainers.players import live_policy, player
 from prefopt.trainers.reference import progress_bar
@@ -49,6 +52,8 @@ from prefopt.trainers.rounds import RoundTrainer
 from prefopt.trainers.sharding import check_gathers
 
 logger = logging.getLogger(__name__)
+
+WITHOUT = "restore this file, or delete its folder to go on without this evaluation"
 
 # a judge, and all that its answers depend on, for the records
 LoadJudge = Callable[[Trainer], tuple[Judge, dict[str, Any]]]
@@ -169,17 +174,7 @@ class Evaluation:
     def _check_facts(self) -> None:
         """Writes down what all evaluations depend on, or compares it with what is there."""
         path = self.folder / "start.json"
-        (there,) = self._exist(path)
-        if not there:
-            self._write(path, json.dumps(self.facts, indent=2) + "\n")
-            return
-        found = json.loads(path.read_text())
-        different = [name for name, fact in self.facts.items() if found.get(name) != fact]
-        if different:
-            raise PrefoptError(
-                f"{self.folder}: these evaluations were made with other {', '.join(different)}; "
-                "restore what was there, or delete the run folder to begin again"
-            )
+        from_main(lambda: open_facts(path, self.facts, "evaluations"))
 
     def after(self, done: int) -> bool:
         """Evaluates where it is due; True where training is to end."""
@@ -382,11 +377,12 @@ class Evaluation:
 
     def _results(self, done: int) -> list[dict[str, Any]]:
         """The results of the evaluations up to a number of rounds or epochs."""
-        found = (json.loads(path.read_text()) for path in self.folder.glob("*/result.json"))
+        paths = self.folder.glob("*/result.json")
+        found = (json.loads(read_summed(path, WITHOUT)) for path in paths)
         return sorted((r for r in found if r["after"] <= done), key=lambda r: r["after"])
 
     def _preferences(self, done: int) -> FloatArray:
-        rows = read_lines(self.folder / f"{done:04d}" / "preferences.jsonl")
+        rows = read_lines(self.folder / f"{done:04d}" / "preferences.jsonl", WITHOUT)
         return np.array([row["preference"] for row in rows], dtype=np.float64)
 
     # --- processes -------------------------------------------------------------------------------
@@ -400,7 +396,10 @@ class Evaluation:
         return list(range(accelerator.process_index, count, accelerator.num_processes))
 
     def _exist(self, *paths: Path) -> list[bool]:
-        """Which files there are, as all processes see it before any writes."""
+        """Which files there are, as all processes see it before any writes; damaged ones are
+        taken out of the way.
+        """
+        from_main(lambda: set_aside(damaged(paths)))
         there = [path.exists() for path in paths]
         self.trainer.accelerator.wait_for_everyone()
         return there
@@ -408,7 +407,7 @@ class Evaluation:
     def _write(self, path: Path, content: str) -> None:
         """Writes a file on the main process; it is there for all when this returns."""
         if self._is_main:
-            atomic_write(path, content)
+            write_summed(path, content)
         self.trainer.accelerator.wait_for_everyone()
 
 

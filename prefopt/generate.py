@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from prefopt.errors import PrefoptError
 from prefopt.models.load import load_policy, load_tokenizer
 from prefopt.rollout.engine import Completion, Done, Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
-from prefopt.rounds.store import write_lines
+from prefopt.rounds.log_probs import weights_fingerprint
+from prefopt.rounds.storage import append, atomic_write, digest, read_appended
+from prefopt.rounds.store import json_lines, write_lines
 
 
 class Generator:
@@ -68,6 +72,9 @@ class Generator:
 def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
     """Answers the prompts of a file and writes one JSON line an answer.
 
+    Until all are answered, what there is lies beside the file: a killed process's successor goes on
+    from there.
+
     Raises:
         PrefoptError: The model, the prompts or a setting is wrong.
     """
@@ -79,7 +86,8 @@ def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
         samples_per_prompt=arguments.samples,
         seed=arguments.seed,
     )
-    if Path(arguments.out).is_dir():
+    out = Path(arguments.out)
+    if out.is_dir():
         raise PrefoptError(f"--out: {arguments.out} is a folder, expected a file to write")
     located = islice(read_rows(arguments.prompts, split=arguments.split), arguments.limit)
     prompts, _ = validate(located, parse_prompt)
@@ -89,14 +97,17 @@ def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
         chat_template=arguments.chat_template,
         batch_size=arguments.batch_size,
     )
-    answers = generator.answer(prompts, settings)
-    write_completions(Path(arguments.out), prompts, answers)
-    every = [answer for group in answers for answer in group]
+    kept = out.with_name(f".{out.name}.unfinished.jsonl")
+    groups, _ = sample_to_file(generator, prompts, settings, kept)
+    every = [row for group in groups for row in group]
+    atomic_write(out, json_lines({k: v for k, v in row.items() if k != "index"} for row in every))
+    for path in (kept, _record_path(kept)):
+        path.unlink()
     return {
-        "prompts": len(answers),
+        "prompts": len(groups),
         "completions": len(every),
-        "mean_length": sum(len(a.token_ids) for a in every) / len(every),
-        "finished": sum(a.finish_reason == "stop" for a in every) / len(every),
+        "mean_length": sum(row["tokens"] for row in every) / len(every),
+        "finished": sum(row["finish_reason"] == "stop" for row in every) / len(every),
         "out": arguments.out,
     }
 
@@ -117,6 +128,88 @@ def generate_with_progress(
                 done(index, completions)
 
         return engine.generate(prompts, settings, done=finished)
+
+
+def sample_to_file(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings | Sequence[SamplingSettings],
+    path: Path,
+) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:
+    """Has a model answer prompts; what it has answered survives a killed process.
+
+    Args:
+        generator: The model.
+        prompts: The prompts.
+        settings: How to decode: the same for all prompts, or one for each.
+        path: JSON lines as `prefopt generate` writes them, with the prompt's ``index``. A line is
+            added as soon as a prompt is answered, and not asked for again. Beside it,
+            ``NAME.decoding.json`` says what made them.
+
+    Returns:
+        The rows of each prompt's answers, and what made them.
+
+    Raises:
+        PrefoptError: The file holds answers of another model, to other prompts or otherwise
+            decoded.
+    """
+    parts = [settings] if isinstance(settings, SamplingSettings) else list(settings)
+    record = {
+        "weights": weights_fingerprint(generator.engine.model),
+        "prompts": digest(prompts),
+        "sampling": [asdict(part) for part in dict.fromkeys(parts)],
+        "chat_template": generator.tokenizer.chat_template,
+    }
+    stated = _record_path(path)
+    if stated.exists() and path.exists():
+        _check_record(path, json.loads(stated.read_text()), record)
+    else:
+        path.unlink(missing_ok=True)
+        atomic_write(stated, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    each = parts * len(prompts) if len(parts) == 1 else parts
+    groups = _read_answered(path, [part.samples_per_prompt for part in each])
+    missing = [index for index in range(len(prompts)) if index not in groups]
+    if missing:
+        _write_rows(path, groups)
+
+        def keep(position: int, completions: list[Completion]) -> None:
+            index = missing[position]
+            groups[index] = [
+                {"index": index, **completion_row(prompts[index], sample, completion)}
+                for sample, completion in enumerate(completions)
+            ]
+            append(path, json_lines(groups[index]))
+
+        generator.answer(
+            [prompts[index] for index in missing], [each[index] for index in missing], done=keep
+        )
+        _write_rows(path, groups)
+    return [groups[index] for index in range(len(prompts))], record
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}.decoding.json")
+
+
+def _write_rows(path: Path, groups: dict[int, list[dict[str, Any]]]) -> None:
+    atomic_write(path, json_lines(row for index in sorted(groups) for row in groups[index]))
+
+
+def _check_record(path: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
+    different = sorted(key for key in record if found.get(key) != record[key])
+    if different:
+        raise PrefoptError(
+            f"{path}: these answers were made with other {', '.join(different)}; delete the file "
+            "to make them anew, or choose another --out"
+        )
+
+
+def _read_answered(path: Path, samples: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+    """The prompts that a file answers with as many samples as they are to have."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in read_appended(path):
+        groups.setdefault(row["index"], []).append(row)
+    return {index: rows for index, rows in groups.items() if len(rows) == samples[index]}
 
 
 def write_completions(

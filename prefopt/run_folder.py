@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe
-from prefopt.rounds.storage import atomic_write
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.rounds.facts import FORMAT, check_format, differences, listed
+from prefopt.rounds.storage import append, atomic_write, read_appended
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 # where samples are drawn, and how weights get there, may change between two starts of a run
 PLACES = {
@@ -39,19 +40,22 @@ def check_run(recipe: Recipe) -> None:
     """Refuses to go on with what another recipe has sampled or trained.
 
     Raises:
-        PrefoptError: The folder holds rounds, checkpoints or the result of another recipe.
+        PrefoptError: The folder holds rounds, checkpoints or the result of another recipe, or what
+            a newer version has written.
     """
     folder = Path(recipe.run_dir)
+    _facts(folder / "data.json")
     stored = folder / "recipe.yaml"
     begun = (folder / "summary.json").exists() or _has_rounds(folder)
     trained = begun or last_complete_checkpoint(folder / "checkpoints")
     if not trained or not stored.exists():
         return
-    different = {*_differences(load_recipe(stored).resolved(), recipe.resolved())} - PLACES
+    changes = differences(load_recipe(stored).resolved(), recipe.resolved())
+    different = {key: change for key, change in changes if key not in PLACES}
     if different:
         raise PrefoptError(
-            f"{folder}: this run was begun with other values of {', '.join(sorted(different))}; "
-            "choose another run_dir, or delete the folder to begin again"
+            f"{folder}: this run was begun with other values of {listed(different)}; "
+            "restore them, choose another run_dir, or delete the folder to begin again"
         )
 
 
@@ -68,16 +72,31 @@ def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
     folder = Path(recipe.run_dir)
     facts = folder / "data.json"
     begun = last_complete_checkpoint(folder / "checkpoints") or _has_rounds(folder)
-    if begun and facts.exists():
-        different = sorted(_differences(json.loads(facts.read_text()), data))
-        if different:
+    if begun and (found := _facts(facts)):
+        found.pop("format", None)
+        if different := dict(differences(found, data)):
             raise PrefoptError(
-                f"{folder}: this run was begun with other {', '.join(different)}; "
+                f"{folder}: this run was begun with other {listed(different)}; "
                 "restore what was there, or choose another run_dir"
             )
-    atomic_write(facts, json.dumps(data, indent=2) + "\n")
+    atomic_write(facts, json.dumps({"format": FORMAT, **data}, indent=2) + "\n")
     atomic_write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
     recipe.write_resolved(folder / "recipe.yaml")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What ``data.json`` says; nothing where it is not there."""
+    if not path.exists():
+        return {}
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+        check_format(path, facts)
+    except (ValueError, AttributeError) as error:
+        raise PrefoptError(
+            f"{path}: cannot be read ({error}); restore the file, or, if the recipe's data are as "
+            "they were, delete it"
+        ) from error
+    return facts
 
 
 def _has_rounds(folder: Path) -> bool:
@@ -119,10 +138,9 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops the lines that the resumed run will write again."""
         if state.is_world_process_zero and self.path.exists():
-            # a killed process may have left half a line, always the last and without its newline
-            lines = self.path.read_text().split("\n")[:-1]
-            kept = [x for x in lines if _is_before(json.loads(x), state.global_step)]
-            atomic_write(self.path, "".join(line + "\n" for line in kept))
+            lines = read_appended(self.path)
+            kept = [line for line in lines if _is_before(line, state.global_step)]
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
@@ -131,8 +149,7 @@ class MetricsFile(TrainerCallback):
         are left to the summary.
         """
         if state.is_world_process_zero and "train_runtime" not in logs:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append(self.path, json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 def _is_before(line: Mapping[str, Any], step: int) -> bool:
@@ -182,12 +199,3 @@ class ProgressBar(TrainerCallback):
         """Takes the bar away."""
         if self.bar is not None:
             self.bar.stop()
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> Iterator[str]:
-    for key in {*old, *new}:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _differences(before, after, f"{at}{key}.")
-        elif before != after:
-            yield f"{at}{key}"

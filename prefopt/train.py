@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from prefopt.data.tokenize import (
     tokenize_demonstrations,
     tokenize_pairs,
 )
+from prefopt.disk import check_space, writing
 from prefopt.engines import make_engine
 from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
@@ -50,14 +52,16 @@ from prefopt.reward_models.preference_trainer import (
 from prefopt.reward_models.trainer import RewardModelConfig, RewardModelTrainer
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rollout.vllm_process import check_installed
-from prefopt.rounds.storage import atomic_write, sync_tree
+from prefopt.rounds.processes import from_main
+from prefopt.rounds.storage import atomic_write, put_in_place
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
 from prefopt.trainers import TRAINERS
-from prefopt.trainers.base import (
-    CompleteCheckpoints,
-    TreeTrainerConfig,
+from prefopt.trainers.base import CompleteCheckpoints, TreeTrainer, TreeTrainerConfig
+from prefopt.trainers.checkpoints import (
     last_complete_checkpoint,
+    remove_leftovers,
     seconds_until,
+    weights_size,
 )
 from prefopt.trainers.pair_rounds import PairRoundTrainer
 from prefopt.trainers.pairs import pair_dataset
@@ -350,7 +354,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     set_seed(recipe.seed)
     try:
         trainer = make_trainer(recipe, args, tokenizer, rows, task)
-        checkpoint = last_complete_checkpoint(folder / "checkpoints")
+        checkpoint = from_main(partial(resumable, folder))
         before = seconds_until(checkpoint)
         trainer.started = time.monotonic() - before
         outcome = trainer.train(resume_from_checkpoint=_as_text(checkpoint))
@@ -383,6 +387,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
         atomic_write(summary, json.dumps(result, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()  # a process that exits early takes the others along
     return result
+
+
+def resumable(folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from, every file of it compared with its sum."""
+    remove_leftovers(folder / "checkpoints")
+    return last_complete_checkpoint(folder / "checkpoints", sums=True)
 
 
 def make_config(recipe: Recipe) -> Any:
@@ -492,36 +502,66 @@ def make_trainer(
         raise PrefoptError(f"{algorithm}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    start = partial(_load_model, recipe, tokenizer, recipe.model.quantization)
+    if isinstance(trainer, TreeTrainer):
+        trainer.load_start = start
     if task is not None:
-        start = partial(_load_model, recipe, tokenizer, recipe.model.quantization)
         Evaluation(trainer, replace(task, load_start=start), folder / "evaluations", weights)
     return trainer
 
 
 def save_final(trainer: Trainer, recipe: Recipe) -> None:
-    """Writes ``final/``: a plain Hugging Face model; an adapter is merged, and kept beside it."""
+    """Writes ``final/``: a plain Hugging Face model; an adapter is merged, and kept beside it.
+
+    Raises:
+        PrefoptError: The disk is full, or has no room for it.
+    """
     folder = Path(recipe.run_dir)
-    partial, final = folder / ".final.partial", folder / "final"
+    final, adapter = folder / "final", folder / "adapter"
     main = trainer.accelerator.is_main_process
     if recipe.model.lora is None:
+        with _saved_whole(trainer, final) as partial:
+            trainer.save_model(str(partial))
+        return
+    with _saved_whole(trainer, adapter) as partial:
         trainer.save_model(str(partial))
-    else:
-        trainer.save_model(str(folder / "adapter"))
+    with _saved_whole(trainer, final) as partial:
         if main:  # from disk, because in memory the model may be sharded
             from peft import PeftModel
 
             with loaded_whole():
                 # never quantised: what an adapter adds would be lost in the steps of 4 or 8 bits
                 base = _load_model(recipe, trainer.processing_class, quantization=None)
-            merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+            merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
             merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
+
+
+@contextmanager
+def _saved_whole(trainer: Trainer, path: Path) -> Iterator[Path]:
+    """A folder, the same for all processes, that takes its name once all are through."""
+    partial, main = path.with_name(f".{path.name}.partial"), trainer.accelerator.is_main_process
+    whole = path.name == "final"
+    size = weights_size(p for p in trainer.model.parameters() if whole or p.requires_grad)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # a killed process's
+        check_space(path, size, path.name)
+
+    from_main(begin)
+    try:
+        with writing(path, path.name):
+            yield partial
+            trainer.accelerator.wait_for_everyone()
+            if main:
+                # a pickle, of no use to readers
+                (partial / "training_args.bin").unlink(missing_ok=True)
+                put_in_place(partial, path)
+    finally:
+        if main:
+            for left in path.parent.glob(f"{partial.name}*"):  # by a killed process, too
+                shutil.rmtree(left, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    if main:
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to readers
-        sync_tree(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
 
 
 def _load_model(

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.logprobs import sequence_log_probs
-from prefopt.trainers.base import TreeDataset, disable_dropout, last_complete_checkpoint
+from prefopt.trainers.base import TreeDataset, disable_dropout
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.trainers.dpo import DPOConfig, DPOTrainer
 from prefopt.trainers.reference import report_initial_margins
 
@@ -220,7 +221,7 @@ def test_a_checkpoint_cut_short_is_passed_over(make_trainer, monkeypatch) -> Non
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     folder = Path(trainer.args.output_dir)
-    assert (folder / "checkpoint-3" / "model.safetensors").exists()
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-1", "checkpoint-2", "log_probs"}
     newest = last_complete_checkpoint(folder)
     assert newest is not None
     assert newest.name == "checkpoint-2"
@@ -234,7 +235,7 @@ def test_a_checkpoint_cut_short_is_passed_over(make_trainer, monkeypatch) -> Non
 def test_the_newest_checkpoint_is_so_by_number(tmp_path) -> None:
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "complete.json").touch()
+        (tmp_path / f"checkpoint-{step}" / "complete.json").write_text("{}")
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

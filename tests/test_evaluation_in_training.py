@@ -38,8 +38,10 @@ from prefopt.evaluation import Evaluation, EvaluationTask
 from prefopt.judge import Judge
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
+from prefopt.rounds.sums import write_summed
 from prefopt.run_folder import MetricsFile
-from prefopt.trainers.base import CompleteCheckpoints, last_complete_checkpoint
+from prefopt.trainers.base import CompleteCheckpoints
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.trainers.dpo import DPOConfig, DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
@@ -183,7 +185,7 @@ def test_a_result_says_all_that_was_promised(tmp_path: Path) -> None:
     trainer.train()
     results = evaluation.finish()
     folder = tmp_path / "evaluations"
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert sorted(path.name for path in folder.glob("[!.]*")) == [
         "0001", "0002", "baseline.jsonl", "start.json",
     ]  # fmt: skip
     last = json.loads((folder / "0002" / "result.json").read_text())
@@ -411,7 +413,7 @@ def test_what_is_complete_is_not_made_again(tmp_path: Path) -> None:
         run("online_dpo", tmp_path, None, 5, **options)  # all is trained again from the start
     first = tmp_path / "evaluations" / "0001" / "result.json"
     marked = {**json.loads(first.read_text()), "marked": True}
-    first.write_text(json.dumps(marked))
+    write_summed(first, json.dumps(marked))
     judge = StopsAt(9)
     _, results = run("online_dpo", tmp_path, judge, **options)
     assert results[0] == marked

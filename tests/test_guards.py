@@ -20,7 +20,8 @@ from transformers import Trainer
 import prefopt
 from prefopt.data.tree import PromptTree, collate_trees
 from prefopt.errors import PrefoptError
-from prefopt.trainers.base import COMPLETE_MARKER, TreeDataset, last_complete_checkpoint
+from prefopt.trainers.base import TreeDataset
+from prefopt.trainers.checkpoints import COMPLETE_MARKER, last_complete_checkpoint
 from prefopt.trainers.dpo import DPOConfig, DPOTrainer
 from prefopt.trainers.guards import not_finite, unpack_trees, write_step
 

@@ -39,7 +39,7 @@ from prefopt.rollout import Completion, SamplingSettings
 from prefopt.rollout.engine import Done
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.storage import atomic_write
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 
 @pytest.fixture

@@ -42,7 +42,8 @@ from prefopt.reward_models.preference_trainer import (
     tokenize_comparisons,
 )
 from prefopt.reward_models.reading import within_budget
-from prefopt.trainers.base import TreeDataset, last_complete_checkpoint
+from prefopt.trainers.base import TreeDataset
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.world.tokenizer import world_tokenizer, world_words
 
 NO_LIMITS: dict[str, Any] = {"max_prompt_length": None, "max_length": None}

@@ -584,5 +584,5 @@ def test_where_samples_are_drawn_may_change_between_two_starts(
     recipe().write_resolved(tmp_path / "run" / "recipe.yaml")
     (tmp_path / "run" / "summary.json").write_text("{}")
     check_run(recipe("rollout.servers=[http://b:2, http://c:3]", "rollout.transfer=nccl"))
-    with pytest.raises(PrefoptError, match=r"other values of rollout\.temperature;"):
+    with pytest.raises(PrefoptError, match=r"other values of rollout\.temperature: \S+ -> \S+;"):
         check_run(recipe("rollout.servers=[http://b:2]", "rollout.temperature=0.5"))

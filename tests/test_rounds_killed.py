@@ -47,7 +47,7 @@ from prefopt.models.load import load_reward_model
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.store import read_lines, read_rollouts
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.trainers.rounds import RoundTrainer
 from prefopt.world import build_world
 
@@ -320,7 +320,6 @@ def test_what_is_on_disk_is_not_asked_for_again(make: Make, fails: str) -> None:
     ("gone", "message"),
     [
         ("0000", "0000: this round is gone but its training has begun"),
-        ("0001/pairs.jsonl", "0001: this round is gone but its training has begun"),
         ("0001", "0001: this round is gone but its training has begun"),
         ("initial", "weights this run began with are gone"),
         ("", "weights this run began with are gone"),
@@ -464,11 +463,10 @@ def progress(run: Path, began: int = 0) -> int:
 def phase(run: Path, began: int, *, prompts: int, judged: bool, shard: int = 2) -> str:
     """What a run was at when it was killed, as told by what it left."""
     written = [p for p in run.rglob("*") if p.is_file() and modified(p) > began]
+    if any("/.partial/checkpoint-" in str(path) for path in written):
+        return "checkpointing"
     if any(".partial" in str(path) for path in written):
         return "writing"
-    checkpoints = {path.parent for path in written if path.parent.name.startswith("checkpoint-")}
-    if any(not (folder / "complete.json").exists() for folder in checkpoints):
-        return "checkpointing"
     made = [run / name for name in ("rounds", "checkpoints", "metrics.jsonl")]
     if not any(path.is_relative_to(place) for path in written for place in made):
         return "loading"

@@ -59,7 +59,7 @@ from prefopt.rounds.resets import reset_length
 from prefopt.rounds.store import Sample, read_lines
 from prefopt.train import make_config, read_recipe, train
 from prefopt.trainers import TRAINERS, base, critic, ppo
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.trainers.dpo import DPOConfig, DPOTrainer
 from prefopt.trainers.episodes import Episode, TokenReads, episode_columns
 from prefopt.trainers.ppo import PPOConfig, PPOTrainer

@@ -45,7 +45,7 @@ from prefopt.rounds.weights import (
     trainable_weights,
 )
 from prefopt.train import read_recipe, train
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.trainers.reference import shared_fingerprint
 from prefopt.trainers.rounds import RoundTrainer
 from prefopt.world import build_world

@@ -55,6 +55,21 @@ def test_a_directory_replaces_the_old_one_whole(tmp_path) -> None:
     assert [p.name for p in target.iterdir()] == ["second"]
 
 
+def test_a_directory_that_cannot_be_renamed_keeps_the_old_one(tmp_path, monkeypatch) -> None:
+    target, rename = tmp_path / "round", Path.rename
+    target.mkdir()
+
+    def fails(self: Path, to: Path) -> Path:
+        if to == target and "old" not in self.name:
+            raise OSError("cut")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="cut"), atomic_directory(target) as folder:
+        (folder / "rows").touch()
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_what_a_killed_process_left_aside_is_not_taken_over(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(storage.os, "getpid", lambda: 42)
     stale = tmp_path / ".round.partial-42"
@@ -147,14 +162,15 @@ def test_an_interrupted_pass_goes_on_where_it_was(trees, model, tmp_path) -> Non
     with pytest.raises(KeyboardInterrupt):
         fill(shards, trees, Counted(model, fail_at=5))  # two forwards a shard
     assert shards.missing() == [2, 3]
-    assert {p.name for p in tmp_path.iterdir()} == {f"shard-0000{i}.safetensors" for i in (0, 1)}
+    names = [f"shard-0000{i}.safetensors" for i in (0, 1)]
+    assert {p.name for p in tmp_path.iterdir()} == {*names, *(f".{name}.xxh128" for name in names)}
     with pytest.raises(PrefoptError, match="shard-00002"):
         shards.load()
-    before = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+    before = [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("shard-*"))]
     again = Counted(model)
     fill(shards, trees, again)
     assert again.trees == 5, "three trees of the third shard and two of the fourth"
-    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())][:2] == before
+    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("shard-*"))][:2] == before
     assert_right(shards, trees, model)
     idle = Counted(model)
     fill(shards, trees, idle)
@@ -167,10 +183,10 @@ def test_ranks_share_the_shards_and_run_in_step(world_size, trees, model, tmp_pa
     shards = store(tmp_path, trees)
     missing, calls, written = shards.missing(), [], []
     for rank in range(world_size):
-        counted, before = Counted(model), len(list(tmp_path.iterdir()))
+        counted, before = Counted(model), len(list(tmp_path.glob("shard-*")))
         fill(shards, trees, counted, missing=missing, rank=rank, world_size=world_size)
         calls.append(counted.calls)
-        written.append(len(list(tmp_path.iterdir())) - before)
+        written.append(len(list(tmp_path.glob("shard-*"))) - before)
     assert len(set(calls)) == 1, "a sharded model would hang"
     assert sum(written) == 4, "no shard is written twice"
     assert max(written) == -(-4 // world_size)

@@ -18,19 +18,22 @@ from accelerate import PartialState
 
 from prefopt.data.rows import Prompt
 from prefopt.data.tokenize import TokenizedPrompts
+from prefopt.disk import check_space
 from prefopt.rounds.judging import Judgement
 from prefopt.rounds.plan import PlannedRound
 from prefopt.rounds.sampling import Sampler, sample_shards
 from prefopt.rounds.store import (
+    RESTORE,
     Sample,
+    json_lines,
     judgements_path,
     read_judgements,
     read_rollouts,
     rollouts_path,
     write_judgements,
-    write_lines,
     write_rollouts,
 )
+from prefopt.rounds.sums import DamagedError, write_summed
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 # (prompts, the texts of each prompt's samples, a name for each prompt) -> one judgement a prompt
@@ -48,6 +51,7 @@ class Collector:
         seed: Of the run; every round, every redraw and every recurrence of a prompt in a round has
             noise of its own.
         judged_too: The texts of a row's offline answers that are judged behind its samples.
+        past: Whether the policies that sample have moved since; then nothing can be drawn.
     """
 
     sampler: Sampler
@@ -55,6 +59,7 @@ class Collector:
     prompts_per_shard: int
     seed: int
     judged_too: Callable[[int], list[str]] | None = None
+    past: bool = False
 
     @property
     def prompts(self) -> TokenizedPrompts:
@@ -102,7 +107,7 @@ def collect_samples(
         report = {"round": index, **sampling_report(collected)}
         if collector.sampler.resets is not None:
             report |= reset_report(collected)
-        write_lines(folder / "round.json", [report])
+        write_summed(folder / "round.json", json_lines([report]))
     state.wait_for_everyone()
     return seconds
 
@@ -153,13 +158,24 @@ def first_drawing(collector: Collector, folder: Path, index: int, planned: Plann
 def draw(
     collector: Collector, drawing: Drawing, progress: Progress, seconds: dict[str, float]
 ) -> None:
-    """Samples and judges what is not on disk yet; all processes call this."""
+    """Samples and judges what is not on disk yet; all processes call this.
+
+    Raises:
+        PrefoptError: The disk is nearly full, or samples are missing that cannot be drawn again.
+    """
+    check_space(drawing.folder, 0, "a shard of samples")  # before it has been sampled
     stages = [("generate", rollouts_path, sample)]
     if collector.ask is not None:
         stages.append(("judge", judgements_path, judge))
     for name, path, work in stages:
         begun = time.perf_counter()
         missing, own = undone(drawing, path)
+        if missing and work is sample and collector.past:
+            raise DamagedError(
+                f"{path(drawing.folder, drawing.number, missing[0])}: gone, and the policy that "
+                "drew these samples has moved",
+                RESTORE,
+            )
         if missing:
             with progress(name, sum(len(drawing.shards[shard]) for shard in own)) as advance:
                 work(collector, drawing, own, advance)

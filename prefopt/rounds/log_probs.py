@@ -16,14 +16,16 @@ import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.errors import PrefoptError
 from prefopt.models.gathered import whole_tensor
-from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.sums import damaged, read_summed, set_aside, write_summed
+
+ANEW = "delete this file and run the same command again to compute them anew"
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,22 @@ class LogProbShards:
     sizes: Sequence[int]
     trees_per_shard: int = 256
 
+    @property
+    def count(self) -> int:
+        """How many shards there are."""
+        return -(-len(self.sizes) // self.trees_per_shard)
+
     def missing(self) -> list[int]:
         """The shards that are not on disk yet."""
-        count = -(-len(self.sizes) // self.trees_per_shard)
-        return [shard for shard in range(count) if not self._path(shard).exists()]
+        return [shard for shard in range(self.count) if not self._path(shard).exists()]
+
+    def are_whole(self) -> bool:
+        """Whether all shards are on disk as they were written."""
+        return not self.missing() and not damaged(map(self._path, range(self.count)))
+
+    def set_aside_damaged(self) -> None:
+        """Takes damaged shards out of the way, to be computed again; one process calls this."""
+        set_aside(damaged(map(self._path, range(self.count))))
 
     def trees_in(self, shard: int) -> range:
         """The indices of a shard's trees."""
@@ -52,28 +66,29 @@ class LogProbShards:
 
     def write(self, shard: int, values: Tensor) -> None:
         """Stores a shard's numbers, float32 [sum of its trees' sizes], all at once or not."""
-        atomic_write(self._path(shard), save({"log_probs": values.float().cpu().contiguous()}))
+        write_summed(self._path(shard), save({"log_probs": values.float().cpu().contiguous()}))
 
-    def load(self) -> list[Tensor]:
+    def load(self, otherwise: str = ANEW) -> list[Tensor]:
         """All numbers, one float32 tensor [size] a tree.
+
+        Args:
+            otherwise: What to do where a shard is damaged, for the error.
 
         Raises:
             PrefoptError: A shard is missing, cannot be read or has the wrong size.
         """
         trees: list[Tensor] = []
-        for shard in range(-(-len(self.sizes) // self.trees_per_shard)):
+        for shard in range(self.count):
             path, sizes = self._path(shard), [self.sizes[i] for i in self.trees_in(shard)]
             try:
-                values = load_file(path)["log_probs"]
+                values = load(read_summed(path, otherwise))["log_probs"]
             except (FileNotFoundError, SafetensorError, KeyError) as error:
                 raise PrefoptError(
-                    f"{path}: stored log-probs cannot be read ({error}); delete this file and run "
-                    "the same command again to compute them anew"
+                    f"{path}: stored log-probs cannot be read ({error}); {otherwise}"
                 ) from error
             if len(values) != sum(sizes):
                 raise PrefoptError(
-                    f"{path}: found {len(values)} log-probs, expected {sum(sizes)}; delete this "
-                    "file and run the same command again"
+                    f"{path}: found {len(values)} log-probs, expected {sum(sizes)}; {otherwise}"
                 )
             trees.extend(values.split(sizes))
         return trees

@@ -26,11 +26,12 @@ from prefopt.rounds.pairing import PairingSettings, PromptPairs, count_pairs, ma
 from prefopt.rounds.plan import PlannedRound
 from prefopt.rounds.store import (
     Sample,
+    json_lines,
     read_lines,
     read_rollouts,
     rollouts_path,
-    write_lines,
 )
+from prefopt.rounds.sums import write_summed
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,8 @@ def collect_pairs(
         _write_pairs(folder / "pairs.jsonl", collector.prompts, planned, rollouts, made)
         report = sampling_report(CollectedSamples(rollouts, judgements))
         counts = asdict(count_pairs(made.values()))
-        write_lines(
-            folder / "round.json", [{"round": index, **report, **counts, "redrawn": redrawn}]
-        )
+        report = {"round": index, **report, **counts, "redrawn": redrawn}
+        write_summed(folder / "round.json", json_lines([report]))
     state.wait_for_everyone()
     return seconds
 
@@ -180,4 +180,4 @@ def _write_pairs(
                     "rejected_ids": rejected.token_ids,
                 }
             )
-    write_lines(path, rows)
+    write_summed(path, json_lines(rows))

@@ -7,8 +7,9 @@
         pairs.jsonl                        of a round of pairs: preference pairs (``docs/data.md``)
         round.json                         counts and means; written last
 
-Each file appears whole or not at all, so that a file that is there is complete. A prompt is known
-by its position in the round.
+Each file appears whole or not at all, so that a file that is there is complete; its sum lies beside
+it (:mod:`prefopt.rounds.sums`) and is compared when it is read. A prompt is known by its position
+in the round.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import Completion
 from prefopt.rounds.judging import Judgement
 from prefopt.rounds.storage import atomic_write
+from prefopt.rounds.sums import read_summed, write_summed
+
+RESTORE = (
+    "restore this file, or, if nothing was trained on its round yet, delete the folder of its "
+    "round and run the same command again"
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def write_rollouts(path: Path, samples: Mapping[int, Sequence[Sample]]) -> None:
     ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=_ROLLOUTS), sink, compression="zstd")
-    atomic_write(path, sink.getvalue().to_pybytes())
+    write_summed(path, sink.getvalue().to_pybytes())
 
 
 _ROLLOUTS = pa.schema(
@@ -94,7 +101,8 @@ def read_rollouts(path: Path) -> dict[int, list[Sample]]:
         PrefoptError: The file cannot be read.
     """
     try:
-        rows = pq.read_table(path, schema=_ROLLOUTS).to_pylist()
+        content = pa.BufferReader(read_summed(path, RESTORE))
+        rows = pq.read_table(content, schema=_ROLLOUTS).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
     samples: dict[int, list[Sample]] = {}
@@ -109,7 +117,8 @@ def read_rollouts(path: Path) -> dict[int, list[Sample]]:
 
 def write_judgements(path: Path, judgements: Mapping[int, Judgement]) -> None:
     """Stores what the judge said of a shard's prompts, by position."""
-    write_lines(path, ({"position": p, **asdict(j)} for p, j in judgements.items()))
+    rows = ({"position": p, **asdict(j)} for p, j in judgements.items())
+    write_summed(path, json_lines(rows))
 
 
 def read_judgements(path: Path) -> dict[int, Judgement]:
@@ -136,21 +145,22 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, otherwise: str = RESTORE) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines.
 
+    Args:
+        path: The file.
+        otherwise: What to do where it is damaged, for the error.
+
     Raises:
-        PrefoptError: The file cannot be read.
+        PrefoptError: The file cannot be read, or has a sum that is not its own.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_summed(path, otherwise).decode()
         return [json.loads(line) for line in text.split("\n") if line]
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, otherwise) from error
 
 
-def _unreadable(path: Path, error: Exception) -> PrefoptError:
-    return PrefoptError(
-        f"{path}: cannot be read ({error}); restore this file, or, if nothing was trained on its "
-        "round yet, delete the folder of its round and run the same command again"
-    )
+def _unreadable(path: Path, error: Exception, otherwise: str = RESTORE) -> PrefoptError:
+    return PrefoptError(f"{path}: cannot be read ({error}); {otherwise}")

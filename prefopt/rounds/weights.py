@@ -22,9 +22,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
+from prefopt.disk import check_space
 from prefopt.errors import PrefoptError
 from prefopt.models.gathered import is_partitioned, reshard, whole_tensor
+from prefopt.rounds.processes import from_main
 from prefopt.rounds.storage import atomic_directory
+from prefopt.rounds.sums import damage_of, sum_of_file, write_sum
 
 FILE = "trainable.safetensors"
 
@@ -84,7 +87,12 @@ def save_weights(model: nn.Module, weights: Weights, folder: Path) -> None:
     """Writes kept weights of a model, whole; the folder appears complete or not at all.
 
     It is there for every process when this returns.
+
+    Raises:
+        PrefoptError: The disk has no room for it.
     """
+    size = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    from_main(lambda: check_space(folder, size, f"kept weights ({folder.name})"))
     state, whole = PartialState(), {}
     for name, parameter in _trainable(model):
         weight = _whole(parameter, weights[name])
@@ -93,7 +101,14 @@ def save_weights(model: nn.Module, weights: Weights, folder: Path) -> None:
     if state.is_main_process:
         with atomic_directory(folder) as partial:
             save_file(whole, partial / FILE)
+            write_sum(partial / FILE, sum_of_file(partial / FILE))
     state.wait_for_everyone()
+
+
+def damage_of_weights(folder: Path) -> str | None:
+    """What is wrong with kept weights that are there, in words; reads all of them."""
+    path = folder / FILE
+    return damage_of(path) if path.exists() else f"{path}: missing"
 
 
 def read_weights(model: nn.Module, folder: Path) -> Weights:

@@ -7,10 +7,10 @@ checkpoints, trackers) is transformers' and accelerate's.
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,19 +24,27 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
+from prefopt.disk import check_space, writing
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.layout_check import layout_for
-from prefopt.rounds.storage import atomic_write, sync_tree
+from prefopt.rounds.processes import from_main
+from prefopt.trainers.checkpoints import (
+    ASIDE,
+    finish_checkpoint,
+    last_complete_checkpoint,
+    remove_leftovers,
+    rotate,
+    size_of_next,
+)
 from prefopt.trainers.guards import finite_error, not_finite, write_step
 from prefopt.trainers.sharding import check_saves_whole
 
 logger = logging.getLogger(__name__)
-
-COMPLETE_MARKER = "complete.json"
 
 
 @dataclass
@@ -118,6 +126,7 @@ class CompleteCheckpoints(Trainer):
     """A Trainer whose checkpoints count only once their last file is on the disk."""
 
     evaluator: Evaluator | None = None
+    _output_dir: str | None = None  # while a checkpoint is written aside
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
         if args.save_total_limit == 1:
@@ -173,17 +182,51 @@ class CompleteCheckpoints(Trainer):
         plugin.set_state_dict_type(chosen)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step = self.state.global_step
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if self.args.should_save:  # an older run's marker must not vouch for what comes now
-            (folder / COMPLETE_MARKER).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-        self.save_extra(folder)
+        """Writes a checkpoint aside, and gives it its name once its last file is on the disk.
+
+        Raises:
+            PrefoptError: The disk is full, or has no room for it; older checkpoints stay as they
+                are.
+        """
+        output_dir, step = Path(self.args.output_dir), self.state.global_step
+        final = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        aside = output_dir / ASIDE
+        partial = aside / final.name
+        saves = self.args.should_save
+
+        def begin() -> None:
+            remove_leftovers(output_dir)
+            check_space(final, size_of_next(self), final.name)
+
+        from_main(begin)
+        self._output_dir = str(aside)
+        try:
+            with writing(final, final.name):
+                super()._save_checkpoint(model, trial)
+                self.save_extra(partial)
+                self.accelerator.wait_for_everyone()
+                if self.state.best_model_checkpoint == str(partial):
+                    self.state.best_model_checkpoint = str(final)
+                    if saves:
+                        self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+                if saves:
+                    finish_checkpoint(partial, final, time.monotonic() - self.started)
+        finally:
+            self._output_dir = None
+            if saves:  # what is half-written would fill the disk
+                shutil.rmtree(aside, ignore_errors=True)
+        if saves:
+            rotate(output_dir, self.args.save_total_limit, step, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            sync_tree(folder)
-            facts = {"step": step, "seconds": time.monotonic() - self.started}
-            atomic_write(folder / COMPLETE_MARKER, json.dumps(facts))
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where transformers writes a checkpoint and deletes others."""
+        return self._output_dir or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not before the checkpoint has its name."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -219,7 +262,12 @@ class TreeTrainer(CompleteCheckpoints):
         processing_class: The policy's tokenizer, saved beside the weights.
         peft_config: A PEFT configuration such as ``LoraConfig``.
         **kwargs: What else ``transformers.Trainer`` takes (callbacks, optimizers).
+
+    Attributes:
+        load_start: Loads the model anew that training began with, if something can.
     """
+
+    load_start: Callable[[], nn.Module] | None = None
 
     def __init__(
         self,
@@ -432,20 +480,6 @@ class TreeTrainer(CompleteCheckpoints):
             logs["tokens_per_second"] = tokens.sum().item() / (now - self._clock)
             self._tokens, self._clock = 0, now
         super().log(logs, start_time)
-
-
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are passed over."""
-    found = [p.parent for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_MARKER}")]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
-
-
-def seconds_until(checkpoint: Path | None) -> float:
-    """How long training took to a checkpoint, in all processes that led there; 0 without one."""
-    if checkpoint is None:
-        return 0.0
-    facts = json.loads((checkpoint / COMPLETE_MARKER).read_text())
-    return float(facts.get("seconds", 0.0))
 
 
 def disable_dropout(model: nn.Module) -> None:

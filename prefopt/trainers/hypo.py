@@ -21,7 +21,8 @@ from prefopt.models.logprobs import token_log_probs_of
 from prefopt.objectives import reverse_kl_loss
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rounds.collect import CollectedSamples
-from prefopt.rounds.store import write_lines
+from prefopt.rounds.store import json_lines
+from prefopt.rounds.sums import write_summed
 from prefopt.trainers.dpo import DPOConfig, check_columns, dpo_losses
 from prefopt.trainers.pairs import pair_dataset
 from prefopt.trainers.reference import reference_log_probs
@@ -119,7 +120,8 @@ class HyPOTrainer(SampleRoundTrainer):
             return super().collect(index, folder)
         if self.accelerator.is_main_process and not self.is_collected(folder):
             count = len(self.plan[index].prompts)
-            write_lines(folder / "round.json", [{"round": index, "prompts": count}])
+            report = {"round": index, "prompts": count}
+            write_summed(folder / "round.json", json_lines([report]))
         self.accelerator.wait_for_everyone()
         return {}
 

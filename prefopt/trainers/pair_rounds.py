@@ -21,6 +21,7 @@ from torch import Tensor
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import SamplingSettings
 from prefopt.rounds.collect import Ask
+from prefopt.rounds.mending import PAIRS
 from prefopt.rounds.pairing import PairingSettings, check_samples, judge_samples
 from prefopt.rounds.pairs import collect_pairs, pairs_are_collected, read_pairs, sampled_trees
 from prefopt.rounds.store import read_lines, round_folder
@@ -117,6 +118,7 @@ class PairRoundTrainer(RoundTrainer):
     """
 
     args: PairRoundConfig
+    reads_again = PAIRS
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ class PairRoundTrainer(RoundTrainer):
 
     def rows_of_round(self, index: int) -> int:
         """The pairs a round trains on, of earlier rounds too if these are asked for."""
-        return sum(self.reports_of[k]["pairs"] for k in self._window(index))
+        return sum(self.reports_of[k]["pairs"] for k in self.window(index))
 
     def planned_rows(self) -> list[int]:
         """The pairs of every round's data if there are no ties."""
@@ -158,12 +160,13 @@ class PairRoundTrainer(RoundTrainer):
         pairs = [each * len(planned.prompts) for planned in self.plan]
         return list(accumulate(pairs)) if self.args.data_window == "all_so_far" else pairs
 
-    def _window(self, index: int) -> range:
+    def window(self, index: int) -> range:
+        """Its own pairs, or all so far."""
         return range(0 if self.args.data_window == "all_so_far" else index, index + 1)
 
     def round_dataset(self, index: int, moved: bool) -> TreeDataset:
         """The pairs of some rounds with their frozen log-probs."""
-        window = self._window(index)
+        window = self.window(index)
         folders = {k: round_folder(self.rounds_dir, k) for k in window}
         rounds = {k: read_pairs(folders[k], self.plan[k], self.prompts) for k in window}
         labels = [p for collected in rounds.values() for p in collected.p_chosen]

@@ -17,16 +17,19 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from prefopt.data.tree import PromptTree, TreeBatch
-from prefopt.errors import PrefoptError
+from prefopt.models.forward import enable_trees
 from prefopt.models.gathered import is_partitioned
 from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rounds.log_probs import (
+    ANEW,
     LogProbShards,
     fill_shards,
     store_key,
     trees_fingerprint,
     weights_fingerprint,
 )
+from prefopt.rounds.processes import from_main
+from prefopt.rounds.sums import DamagedError
 from prefopt.trainers.base import TreeDataset, TreeTrainer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,8 @@ def reference_log_probs(
         dataset: The trees.
         fingerprint: Of the reference's weights.
         adapter: Whether the reference is the model under its adapter.
-        resumed: Whether the weights have moved since; then only an adapter model can still compute.
+        resumed: Whether the weights have moved since; then an adapter model can still compute, and
+            another one is loaded anew (``trainer.load_start``) if it must.
         temperature: Of the distribution that is read.
 
     Returns:
@@ -80,14 +84,32 @@ def reference_log_probs(
     )
     folder = Path(args.log_probs_dir or Path(args.output_dir) / "log_probs") / f"reference-{key}"
     unwrapped = accelerator.unwrap_model(trainer.model_wrapped)
+    moved = resumed and not adapter
+    start = _start(trainer, dataset.trees, folder, fingerprint) if moved else None
     return stored_log_probs(
         trainer,
         dataset.trees,
         folder,
         weights=unwrapped.disable_adapter() if adapter else nullcontext(),
-        moved=resumed and not adapter,
+        moved=moved and start is None,
+        model=start,
         read=partial(sequence_log_probs, temperature=temperature),
     )
+
+
+def _start(
+    trainer: TreeTrainer, trees: Sequence[PromptTree], folder: Path, fingerprint: str
+) -> nn.Module | None:
+    """The model that a run began with, where its log-probs are not whole and it can be had."""
+    shards = LogProbShards(folder, [len(tree.completions) for tree in trees])
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.load_start is None or sharded or from_main(shards.are_whole):
+        return None
+    model = trainer.load_start()
+    if shared_fingerprint(model) != fingerprint:
+        return None
+    enable_trees(model)
+    return model.to(trainer.args.device)
 
 
 def stored_log_probs(
@@ -117,16 +139,18 @@ def stored_log_probs(
         One float32 tensor [size] a tree.
 
     Raises:
-        PrefoptError: Something is missing and the weights are past.
+        PrefoptError: Something is missing or damaged and the weights are past.
     """
     args, accelerator = trainer.args, trainer.accelerator
     shards = LogProbShards(folder, sizes or [len(tree.completions) for tree in trees])
+    if not moved:
+        from_main(shards.set_aside_damaged)
     missing = shards.missing()
     accelerator.wait_for_everyone()  # no rank may write before all have seen what is missing
     if missing and moved:
-        raise PrefoptError(
-            f"{folder}: log-probs of this run are gone and its weights have moved; restore the "
-            "folder, or delete the checkpoints to begin again"
+        raise DamagedError(
+            f"{folder}: log-probs of this run are gone and its weights have moved",
+            "restore the folder, or delete the checkpoints to begin again",
         )
     if missing:
         model = model or trainer.model_wrapped
@@ -156,7 +180,12 @@ def stored_log_probs(
         accelerator.wait_for_everyone()
         if rows >= SHOWN_ROWS:
             logger.info("log-probs of %d rows: %s", len(trees), folder)
-    return shards.load()
+    return shards.load(
+        "the weights that gave them have moved: restore the file, or delete the checkpoints to "
+        "begin again"
+        if moved
+        else ANEW
+    )
 
 
 def report_initial_margins(trainer: TreeTrainer, dataset: TreeDataset, beta: float) -> float:

@@ -9,13 +9,12 @@ a policy older than the last step.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,24 @@ from prefopt.judge import Judge
 from prefopt.rollout.engine import Engine, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.collect import Ask, Collector
+from prefopt.rounds.mending import (
+    REPORT,
+    SAMPLES,
+    check_made_again,
+    clear_damaged,
+    clear_damaged_results,
+)
 from prefopt.rounds.plan import row_order
+from prefopt.rounds.processes import from_main
 from prefopt.rounds.sampling import Sampler
-from prefopt.rounds.storage import atomic_write, remove_partial
+from prefopt.rounds.start import open_facts
+from prefopt.rounds.storage import remove_partial
 from prefopt.rounds.store import read_lines, round_folder
-from prefopt.rounds.weights import save_weights, trainable_weights
+from prefopt.rounds.sums import DamagedError
+from prefopt.rounds.weights import damage_of_weights, save_weights, trainable_weights
 from prefopt.trainers.ahead import Ahead
 from prefopt.trainers.base import TreeDataset, TreeTrainer
+from prefopt.trainers.checkpoints import way_back
 from prefopt.trainers.players import player
 from prefopt.trainers.reference import progress_bar, shared_fingerprint
 from prefopt.trainers.round_config import RoundConfig, adapter_facts, schedule, settings_of
@@ -222,6 +232,12 @@ class RoundTrainer(TreeTrainer):
         """Values that all micro-batches of a global batch share."""
         return {}
 
+    reads_again = SAMPLES  # what of a round that is collected its data set is made of
+
+    def window(self, index: int) -> range:
+        """The rounds whose rows a round trains on."""
+        return range(index, index + 1)
+
     @property
     def uses_initial_weights(self) -> bool:
         """Whether a later round needs the weights the run began with."""
@@ -239,30 +255,25 @@ class RoundTrainer(TreeTrainer):
         self.begun = True
         self.current, self.layout_chosen = None, False
         self.reports_of: list[dict[str, Any]] = []  # of each round so far
-        path, main = self.rounds_dir / "start.json", self.accelerator.is_main_process
-        if path.exists():
-            found = json.loads(path.read_text())
-            # what an older version did not write down is taken to be as it is now
-            different = [n for n, value in self.facts.items() if found.get(n, value) != value]
-            if different:
-                raise PrefoptError(
-                    f"{self.rounds_dir}: these rounds were begun with other {', '.join(different)};"
-                    " choose another folder, or delete this one to begin again"
-                )
-        if main:
-            remove_partial(self.rounds_dir)
-        kept = path.exists() and self.initial_weights.exists()
-        self.accelerator.wait_for_everyone()  # no process may write before all have looked
-        if self.uses_initial_weights and not kept:
-            if resumed:
-                raise PrefoptError(
-                    f"{self.initial_weights}: the weights this run began with are gone; restore "
-                    "them, or delete the run folder to begin again"
-                )
-            save_weights(self.policy, trainable_weights(self.policy), self.initial_weights)
-        if main and not path.exists():
-            atomic_write(path, json.dumps(self.facts, indent=2) + "\n")
-        self.accelerator.wait_for_everyone()
+        self.starts: list[int] = []  # the first step of each round so far
+        from_main(lambda: remove_partial(self.rounds_dir))
+        path = self.rounds_dir / "start.json"
+        there = from_main(path.exists)
+        from_main(lambda: open_facts(path, self.facts, "rounds"))
+        if self.uses_initial_weights:
+            kept = from_main(lambda: self._has_initial_weights(resumed))
+            if not (there and kept):
+                save_weights(self.policy, trainable_weights(self.policy), self.initial_weights)
+
+    def _has_initial_weights(self, resumed: bool) -> bool:
+        """Whether the initial weights are on disk; a run that was resumed cannot do without."""
+        damage = damage_of_weights(self.initial_weights)
+        if damage is not None and resumed:
+            raise PrefoptError(
+                f"{damage}; the weights this run began with are gone: restore the file, or delete "
+                "the run folder to begin again"
+            )
+        return damage is None
 
     def get_train_dataloader(self) -> DataLoader:
         """Counts micro-batches; what is in them is decided when a step begins."""
@@ -317,6 +328,9 @@ class RoundTrainer(TreeTrainer):
         """Brings a round to disk and, unless it is past, makes data and model ready for it."""
         args, folder = self.args, round_folder(self.rounds_dir, index)
         begins = self.state.global_step == start
+        self.starts.append(start)
+        if not begins:
+            self._mend(index, REPORT)
         if not begins and not self.is_collected(folder):
             raise PrefoptError(
                 f"{folder}: this round is gone but its training has begun; restore the folder, or "
@@ -330,6 +344,8 @@ class RoundTrainer(TreeTrainer):
             seconds |= self.ahead.wait()
             self.ahead.seconds = {}
             facts["staleness"] = start - (self.current.start if self.current else start)
+        if begins:
+            self._mend_begun(index)
         seconds |= self.collect(index, folder)
         (report,) = read_lines(folder / "round.json")
         self.reports_of.append(report)
@@ -343,9 +359,15 @@ class RoundTrainer(TreeTrainer):
         opened = OpenRound(index, start, self._steps(rows), order)
         more = index + 1 < len(self.plan) and opened.end < args.max_steps
         if begins and self.ahead is not None and more:
+            ahead = round_folder(self.rounds_dir, index + 1)
+            from_main(lambda: clear_damaged(ahead))
             self.ahead.begin(index + 1)  # before training moves the weights
         if self.state.global_step < opened.end:
-            self.dataset = self.round_dataset(index, moved=not begins)
+            for again in self.window(index):
+                if again != index or not begins:
+                    self._mend(again, self.reads_again)
+            with self._way_back(index):
+                self.dataset = self.round_dataset(index, moved=not begins)
             if begins:
                 facts |= self.begin_training(index)
                 if index and args.optimizer_state == "fresh":
@@ -355,6 +377,56 @@ class RoundTrainer(TreeTrainer):
         if begins:
             self.announce(opened, report | seconds | facts)
         return opened
+
+    def _mend_begun(self, index: int) -> None:
+        """Has damaged files of a round that begins made again, as it is brought to disk."""
+        folder = round_folder(self.rounds_dir, index)
+        past = self.ahead is not None and index > 0  # the policy that was sampled ahead
+
+        def clear() -> None:
+            with self._way_back(index, since=index - past):
+                clear_damaged(folder, past=past)
+
+        from_main(clear)
+
+    def _mend(self, index: int, *names: str) -> None:
+        """Has damaged files of a round made again whose policy is past; they must be the same."""
+        folder = round_folder(self.rounds_dir, index)
+
+        def clear() -> dict[Path, str]:
+            with self._way_back(index):
+                return clear_damaged_results(folder, names)
+
+        def check() -> None:
+            with self._way_back(index):
+                check_made_again(expected)
+
+        expected = from_main(clear)
+        if not expected:
+            return
+        collector, self.collector = self.collector, replace(self.collector, past=True)
+        try:
+            with self._way_back(index):
+                self.collect(index, folder)
+        finally:
+            self.collector = collector
+        from_main(check)
+
+    @contextmanager
+    def _way_back(self, index: int, since: int | None = None) -> Iterator[None]:
+        """Has an error about damaged files of a round say how to go on all the same.
+
+        Args:
+            index: Number of the round.
+            since: Number of the round that begins with the policy that sampled it; itself.
+        """
+        try:
+            yield
+        except DamagedError as error:
+            start = self.starts[index if since is None else since]
+            folder = round_folder(self.rounds_dir, index)
+            advice = way_back(Path(self.args.output_dir), start, folder)
+            raise PrefoptError(f"{error.damage}; {advice}") from error
 
     def choose_layout_once(self, trees: Sequence[PromptTree]) -> None:
         """Decides on the layout by the first rows there are."""

@@ -1,0 +1,57 @@
+"""``start.json``: what all that lies in a folder depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from prefopt.errors import PrefoptError
+from prefopt.rounds.facts import FORMAT, check_format, differences, listed
+from prefopt.rounds.sums import damaged, expected_sum, set_aside, write_summed
+
+
+def open_facts(path: Path, facts: Mapping[str, Any], made: str) -> None:
+    """Writes down facts, or compares them with those that are there; one process calls this.
+
+    What an older version did not write down is taken to be as it is now.
+
+    Args:
+        path: The file.
+        facts: Plain values.
+        made: What depends on them, in words.
+
+    Raises:
+        PrefoptError: They differ, the file is damaged, or a newer version has written it.
+    """
+    content = json.dumps({"format": FORMAT, **facts}, indent=2) + "\n"
+    if damages := damaged([path]):
+        # the sum says what was in it
+        if xxhash.xxh3_128_hexdigest(content.encode()) != expected_sum(path):
+            raise PrefoptError(
+                f"{damages[path]}, and other {made} than these may lie beside it; restore the "
+                "file, or delete the run folder to begin again"
+            )
+        set_aside(damages)
+    if not path.exists():
+        write_summed(path, content)
+        return
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        check_format(path, found)
+    except (ValueError, AttributeError) as error:
+        raise PrefoptError(
+            f"{path}: cannot be read ({error}); restore the file, or delete the run folder to "
+            "begin again"
+        ) from error
+    plain = json.loads(content)
+    changes = differences({key: found.get(key, plain[key]) for key in facts}, plain)
+    different = {key: change for key, change in changes if key != "format"}
+    if different:
+        raise PrefoptError(
+            f"{path.parent}: these {made} were begun with other {listed(different)}; restore what "
+            "was there, choose another folder, or delete this one to begin again"
+        )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,7 @@ from accelerate import PartialState
 
 from prefopt.data.rows import Prompt
 from prefopt.data.tokenize import TokenizedPrompts
+from prefopt.preemption import Preempted, asked, leave_if_asked
 from prefopt.rounds.judging import Judgement
 from prefopt.rounds.plan import PlannedRound
 from prefopt.rounds.sampling import Sampler, sample_shards
@@ -153,7 +155,11 @@ def first_drawing(collector: Collector, folder: Path, index: int, planned: Plann
 def draw(
     collector: Collector, drawing: Drawing, progress: Progress, seconds: dict[str, float]
 ) -> None:
-    """Samples and judges what is not on disk yet; all processes call this."""
+    """Samples and judges what is not on disk yet; all processes call this.
+
+    Raises:
+        Preempted: SIGTERM came; the shard that was being made then is on disk.
+    """
     stages = [("generate", rollouts_path, sample)]
     if collector.ask is not None:
         stages.append(("judge", judgements_path, judge))
@@ -161,10 +167,20 @@ def draw(
         begun = time.perf_counter()
         missing, own = undone(drawing, path)
         if missing:
-            with progress(name, sum(len(drawing.shards[shard]) for shard in own)) as advance:
-                work(collector, drawing, own, advance)
+            with (
+                progress(name, sum(len(drawing.shards[shard]) for shard in own)) as advance,
+                suppress(Preempted),  # what the others are at is waited for
+            ):
+                work(collector, drawing, own, partial(_after_shard, advance))
             PartialState().wait_for_everyone()
+            leave_if_asked()
         seconds[f"time/{name}"] += time.perf_counter() - begun
+
+
+def _after_shard(advance: Callable[[int], None], prompts: int) -> None:
+    advance(prompts)
+    if asked():
+        raise Preempted
 
 
 def undone(drawing: Drawing, path: Callable[[Path, int, int], Path]) -> tuple[list[int], list[int]]:

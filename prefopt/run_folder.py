@@ -47,7 +47,9 @@ def check_run(recipe: Recipe) -> None:
     trained = begun or last_complete_checkpoint(folder / "checkpoints")
     if not trained or not stored.exists():
         return
-    different = {*_differences(load_recipe(stored).resolved(), recipe.resolved())} - PLACES
+    changed = {*_differences(load_recipe(stored).resolved(), recipe.resolved())} - PLACES
+    # what a run is watched for may change too: a guard that has ended it is set anew
+    different = {name for name in changed if not name.startswith("guards.")}
     if different:
         raise PrefoptError(
             f"{folder}: this run was begun with other values of {', '.join(sorted(different))}; "

@@ -62,6 +62,7 @@ from prefopt.trainers.base import (
     last_complete_checkpoint,
     seconds_until,
 )
+from prefopt.trainers.bounds import Bounds, BoundsGuard
 from prefopt.trainers.pair_rounds import PairRoundTrainer
 from prefopt.trainers.pairs import pair_dataset
 from prefopt.trainers.reference import shared_fingerprint
@@ -495,6 +496,8 @@ def make_trainer(
         raise PrefoptError(f"{algorithm}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    bounds = recipe.guards.model_dump(exclude={"over_optimisation"})
+    BoundsGuard(trainer, Bounds(**bounds), folder / "guards.jsonl")
     if task is not None:
         start = partial(_load_model, recipe, tokenizer, recipe.model.quantization)
         Evaluation(trainer, replace(task, load_start=start), folder / "evaluations", weights)

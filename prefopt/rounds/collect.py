@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -268,9 +269,31 @@ def sampling_report(collected: CollectedSamples) -> dict[str, Any]:
     report: dict[str, Any] = {"prompts": len(collected.samples), "samples": len(drawn)}
     report["rollout/length"] = fmean(len(sample.completion.token_ids) for sample in drawn)
     report["rollout/finished"] = fmean(s.completion.finish_reason == "stop" for s in drawn)
+    report["rollout/empty"] = fmean(not sample.completion.text.strip() for sample in drawn)
     if scores:
         report["judge/score"] = fmean(scores)
+    if collected.judgements:
+        report["judge/spread"] = _spread(collected)
     return report
+
+
+def _spread(collected: CollectedSamples) -> float:
+    """How far the judge told samples apart; 0 where it told none.
+
+    The mean over prompts of the largest difference between the scores of a prompt's samples, or,
+    with one sample a prompt, between those of the round; where samples were compared only, the
+    mean of |2 P - 1|.
+    """
+    groups = [
+        judgement.scores[: len(collected.samples[position])]
+        for position, judgement in collected.judgements.items()
+    ]
+    if not any(groups):
+        played = [p for judgement in collected.judgements.values() for _, _, p in judgement.matches]
+        return fmean(abs(2 * p - 1) for p in played) if played else 0.0
+    if max(map(len, groups)) == 1:
+        groups = [list(chain.from_iterable(groups))]
+    return fmean(max(scores) - min(scores) for scores in groups)
 
 
 def reset_report(collected: CollectedSamples) -> dict[str, float]:

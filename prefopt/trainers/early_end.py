@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl
 
 from prefopt.preemption import Preempted, leave_if_asked
 
@@ -25,6 +25,7 @@ class EndsEarly(Trainer):
     ``state.global_step``, and it is saved before the error is raised.
     """
 
+    control: TrainerControl
     ending: Exception | None = None  # what the next safe point raises
     between_steps = False  # whether model or optimiser have moved on since ``state.global_step``
 

@@ -132,8 +132,6 @@ def make_dpo(tiny_llama: Any, random_trees: Any, tmp_path: Path) -> Callable[...
             "learning_rate": 3e-3,
             "num_train_epochs": 2,
             "logging_steps": 1,
-            # unlike a random order it has no generator of its own: an epoch moves dropout's noise
-            "train_sampling_strategy": "sequential",
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
@@ -154,7 +152,7 @@ def make_dpo(tiny_llama: Any, random_trees: Any, tmp_path: Path) -> Callable[...
 def test_a_pre_empted_run_ends_like_an_uninterrupted_one(
     make_dpo: Callable[..., DPOTrainer],
 ) -> None:
-    """Within an epoch and between two, where reading the next one's rows has moved the noise."""
+    """Within an epoch and between two, where rows of the next are read before it is saved."""
     whole = make_dpo("whole")
     whole.train()
     for step in (2, 5):

@@ -145,8 +145,9 @@ class CompleteCheckpoints(FiniteSteps):
         """The micro-batches of the next step; none where an evaluation ends training."""
         with self.saved_on_early_end():
             self.safe_point()
-            if self.epoch_begins:
-                if self.ends_after(int(self.state.epoch or 0)):
+            epoch = self.state.epoch or 0.0
+            if epoch and epoch == int(epoch):
+                if self.ends_after(int(epoch)):
                     return [], None
                 self.safe_point()  # an evaluation may have taken long, or have set off a guard
         return super().get_batch_samples(epoch_iterator, num_batches, device)

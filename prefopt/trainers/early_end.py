@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl
 
@@ -31,17 +29,11 @@ class EndsEarly(Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_callback(_EpochsAndEnd(self))
+        self.add_callback(_TrainingEnds(self))
 
     def newest_checkpoint(self) -> Path | None:
         """The last checkpoint that was written to its end."""
         raise NotImplementedError
-
-    @property
-    def epoch_begins(self) -> bool:
-        """Whether an epoch ended with the last step."""
-        epoch = self.state.epoch or 0.0
-        return epoch > 0 and epoch == int(epoch)
 
     def end_early(self, error: Exception) -> None:
         """Has training end with an error at the next safe point, once the model is saved.
@@ -83,8 +75,6 @@ class EndsEarly(Trainer):
         flag = torch.tensor([int(there)], device=self.accelerator.device)
         there = bool(self.accelerator.gather(flag)[0].item())
         if step > 0 and not there and not self.between_steps:
-            if self.epoch_begins:  # they moved when the new epoch's first rows were read
-                _set_random_state(self.random_state)
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()  # the first to end has the launcher end the others
@@ -96,12 +86,9 @@ class EndsEarly(Trainer):
         return f"at step {step}; the last one saved is {newest}"
 
 
-class _EpochsAndEnd(TrainerCallback):
+class _TrainingEnds(TrainerCallback):
     def __init__(self, trainer: EndsEarly) -> None:
         self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.random_state = _random_state()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ending is not None:
@@ -111,18 +98,3 @@ class _EpochsAndEnd(TrainerCallback):
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def _random_state() -> tuple[Any, ...]:
-    """What a checkpoint holds of random generators."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    python, numpy, cpu, devices = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if devices:
-        torch.cuda.set_rng_state_all(devices)

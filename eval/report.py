@@ -37,6 +37,7 @@ FILE_CHARACTERS = 100_000
 MIN_LENGTHS = 10  # answers that make a histogram
 MAX_JUDGES = 12  # on the page
 MAX_SENTENCE = 2_000
+MAX_GUARDS = 20  # of a run, the last ones
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -49,9 +50,10 @@ def write_report(run_dir: str | Path) -> Path:
 
     Args:
         run_dir: A folder with any of `metrics.jsonl`, `recipe.yaml`, `environment.json`,
-            `evaluations/`, `samples.jsonl` and `summary.json`, or one whose sub-folders hold these
-            and which may itself hold the last two. In `summary.json` win rates are in 0-100, KL in
-            nats, `seconds` in seconds, and a judge's accuracies and errors are fractions.
+            `guards.jsonl`, `evaluations/`, `samples.jsonl` and `summary.json`, or one whose
+            sub-folders hold these and which may itself hold the last two. In `summary.json` win
+            rates are in 0-100, KL in nats, `seconds` in seconds, and a judge's accuracies and
+            errors are fractions.
 
     Returns:
         The path of the page.
@@ -158,6 +160,7 @@ def _render(
         remark=clip(summary.get("remark", ""), MAX_SENTENCE),
         settings=_settings(summary),
         max_points=plots.MAX_POINTS,
+        guards=[note for name, run in runs.items() for note in _guards(name, run)],
         overlaps=[note for name in trained if (note := _overlap(name, runs[name]))],
         rounds={name: table for name in trained if (table := _rounds(runs[name]))},
         run_names=trained,
@@ -219,6 +222,14 @@ def _rounds(run: Run) -> dict[str, Any]:
     rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
     head = list(dict.fromkeys(key for row in rows for key in row))
     return {"head": head, "rows": [[number(row.get(key)) for key in head] for row in rows]}
+
+
+def _guards(name: str, run: Run) -> list[str]:
+    """What guards found in a run, a sentence each."""
+    return [
+        f"{name}, step {number(row.get('step'))}: {clip(str(row.get('message')), MAX_SENTENCE)}"
+        for row in run.guards[-MAX_GUARDS:]
+    ]
 
 
 def _overlap(name: str, run: Run) -> str:

@@ -15,13 +15,16 @@ LARGEST = 1e300  # what plots can still lay out
 
 @dataclass
 class Run:
-    """What one run folder holds: metric -> {step: value}, a summary, and two files as text."""
+    """What one run folder holds: metric -> {step: value}, a summary, two files as text, and what
+    guards found.
+    """
 
     folder: Path
     metrics: dict[str, Series] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
     environment: str = ""
+    guards: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_runs(folder: Path, remarks: list[str]) -> dict[str, Run]:
@@ -47,6 +50,7 @@ def read_run(folder: Path, remarks: list[str]) -> Run | None:
         read_object(folder / "summary.json", remarks),
         _read_text(folder / "recipe.yaml"),
         _read_text(folder / "environment.json"),
+        read_lines(folder / "guards.jsonl", remarks),
     )
     known = run.metrics or run.recipe or run.environment or (folder / "evaluations").is_dir()
     return run if known else None

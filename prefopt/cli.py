@@ -16,6 +16,7 @@ from prefopt import __version__
 from prefopt.disk import writing
 from prefopt.errors import PrefoptError
 from prefopt.eval.command import add_decoding, add_measures, count
+from prefopt.preemption import EXIT_CODE, Preempted, watch_sigterm
 
 # their defaults, which depend on beta, stand in prefopt/games/trajectory.py and docs/games.md
 GAME_SETTINGS = {
@@ -31,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0, 1 where `prefopt check` has found errors, or 2 after an error that the
-        user can mend (one line on stderr).
+        The exit status: 0; 1 where `prefopt check` has found errors; 2 after an error that the user
+        can mend (one line on stderr); 75 where SIGTERM ended training and the same command goes
+        on; 130 after an interrupt. docs/guards.md has the table.
     """
     arguments = parse(argv)
     # before torch is imported: threads that spin while they wait stall each other on a busy machine
@@ -48,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pre-empted by SIGTERM: {stop}; the same command goes on", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -169,11 +175,12 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.accelerate or arguments.num_processes:
         _launch(arguments)
-    quiet_libraries()
-    from prefopt.train import read_recipe, train
+    with watch_sigterm():
+        quiet_libraries()
+        from prefopt.train import read_recipe, train
 
-    recipe = read_recipe(arguments.recipe, arguments.overrides)
-    result = train(recipe)
+        recipe = read_recipe(arguments.recipe, arguments.overrides)
+        result = train(recipe)
     if not arguments.json and os.environ.get("RANK", "0") == "0":
         print(f"{result['steps']} steps on {result['rows']} rows; model: {recipe.run_dir}/final")
     return result

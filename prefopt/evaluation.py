@@ -37,6 +37,7 @@ from prefopt.evaluation_stop import reason_to_stop
 from prefopt.generate import completion_row
 from prefopt.judge import Judge
 from prefopt.models.forward import unwrap_peft
+from prefopt.preemption import leave_if_asked
 from prefopt.rollout.engine import Completion, SamplingSettings, check_prompts
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.processes import from_main
@@ -405,10 +406,15 @@ class Evaluation:
         return there
 
     def _write(self, path: Path, content: str) -> None:
-        """Writes a file on the main process; it is there for all when this returns."""
+        """Writes a file on the main process; it is there for all when this returns.
+
+        Raises:
+            Preempted: SIGTERM came; what an evaluation has on disk is not made again.
+        """
         if self._is_main:
             write_summed(path, content)
         self.trainer.accelerator.wait_for_everyone()
+        leave_if_asked()
 
 
 class _BeforeTraining(TrainerCallback):

@@ -37,6 +37,7 @@ from prefopt.models.logprobs import sequence_log_probs
 from prefopt.rollout.engine import Completion, SamplingSettings
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.storage import atomic_write
+from prefopt.run_lock import run_lock
 from prefopt.train import JUDGE_REPORTS, read_recipe, train
 from prefopt.trainers import TRAINERS
 from prefopt.world import (
@@ -77,7 +78,8 @@ def quickstart(out: str | Path, *, seed: int = 0, algorithms: Sequence[str] = ()
         of the judges that were needed; and all of that once more under ``intransitive``.
 
     Raises:
-        PrefoptError: An algorithm has no quickstart recipe, or ``out`` holds another run.
+        PrefoptError: An algorithm has no quickstart recipe, ``out`` holds another run, or another
+            process works there.
     """
     folder = Path(out)
     names = list(algorithms) or available_algorithms()
@@ -87,6 +89,11 @@ def quickstart(out: str | Path, *, seed: int = 0, algorithms: Sequence[str] = ()
                 f"--algorithms: {name!r} has no quickstart; there are "
                 f"{', '.join(available_algorithms())}"
             )
+    with run_lock(folder):
+        return _quickstart(folder, seed, names)
+
+
+def _quickstart(folder: Path, seed: int, names: Sequence[str]) -> dict[str, Any]:
     circle = folder / "intransitive"
     world = build_world(folder / "world", seed=seed)
     circular_world = build_world(circle / "world", seed=seed, intransitive=True)

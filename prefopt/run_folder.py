@@ -51,7 +51,12 @@ def check_run(recipe: Recipe) -> None:
     if not trained or not stored.exists():
         return
     changes = differences(load_recipe(stored).resolved(), recipe.resolved())
-    different = {key: change for key, change in changes if key not in PLACES}
+    # what a run is watched for may change too: a guard that has ended it is set anew
+    different = {
+        key: change
+        for key, change in changes
+        if key not in PLACES and not key.startswith("guards.")
+    }
     if different:
         raise PrefoptError(
             f"{folder}: this run was begun with other values of {listed(different)}; "

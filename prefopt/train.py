@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from prefopt.models.load import (
     load_tokenizer,
     loaded_whole,
 )
+from prefopt.preemption import at_safe_points
 from prefopt.recipe import Recipe, SamplingPart, load_recipe
 from prefopt.reward_models import JUDGES, load_judge
 from prefopt.reward_models.preference_trainer import (
@@ -55,8 +56,10 @@ from prefopt.rollout.vllm_process import check_installed
 from prefopt.rounds.processes import from_main
 from prefopt.rounds.storage import atomic_write, put_in_place
 from prefopt.run_folder import MetricsFile, ProgressBar, check_run, open_run
+from prefopt.run_lock import run_lock
 from prefopt.trainers import TRAINERS
 from prefopt.trainers.base import CompleteCheckpoints, TreeTrainer, TreeTrainerConfig
+from prefopt.trainers.bounds import Bounds, BoundsGuard
 from prefopt.trainers.checkpoints import (
     last_complete_checkpoint,
     remove_leftovers,
@@ -330,10 +333,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
         What the run folder's ``summary.json`` says.
 
     Raises:
-        PrefoptError: Something in the recipe, the data or the model is wrong.
+        PrefoptError: Something in the recipe, the data or the model is wrong, another process works
+            in the run folder, or a guard has ended training.
+        Preempted: SIGTERM came, and `prefopt.preemption.watch_sigterm` waits for it.
     """
-    folder = Path(recipe.run_dir)
     args = make_config(recipe)
+    main = args.process_index == 0
+    with run_lock(Path(recipe.run_dir)) if main else nullcontext():
+        return _train(recipe, args)
+
+
+def _train(recipe: Recipe, args: Any) -> dict[str, Any]:
+    folder = Path(recipe.run_dir)
     check_run(recipe)
     main = args.process_index == 0
     summary = folder / "summary.json"
@@ -357,16 +368,32 @@ def train(recipe: Recipe) -> dict[str, Any]:
         checkpoint = from_main(partial(resumable, folder))
         before = seconds_until(checkpoint)
         trainer.started = time.monotonic() - before
-        outcome = trainer.train(resume_from_checkpoint=_as_text(checkpoint))
+        with at_safe_points():
+            outcome = trainer.train(resume_from_checkpoint=_as_text(checkpoint))
+            result = {
+                "algorithm": recipe.trainer.algorithm,
+                "rows": len(rows.train),
+                "dropped": vars(rows.train.dropped) | rows.invalid,
+                "steps": trainer.state.global_step,
+                "seconds": before + outcome.metrics["train_runtime"],
+            }
+            with trainer.saved_on_early_end():
+                trainer.safe_point()
+                result |= _last_look(trainer, recipe)
+                trainer.safe_point()
+            save_final(trainer, recipe)
+            if main:
+                shutil.rmtree(folder / "weights", ignore_errors=True)  # what servers were pushed
+                atomic_write(summary, json.dumps(result, indent=2) + "\n")
+            trainer.accelerator.wait_for_everyone()  # the first to end takes the others along
     except ImportError as error:
         raise PrefoptError(f"a package is missing for this recipe: {error}") from error
-    result = {
-        "algorithm": recipe.trainer.algorithm,
-        "rows": len(rows.train),
-        "dropped": vars(rows.train.dropped) | rows.invalid,
-        "steps": trainer.state.global_step,
-        "seconds": before + outcome.metrics["train_runtime"],
-    }
+    return result
+
+
+def _last_look(trainer: CompleteCheckpoints, recipe: Recipe) -> dict[str, Any]:
+    """What is said of a trained model in the summary."""
+    result: dict[str, Any] = {}
     if trainer.eval_dataset is not None:
         report = JUDGE_REPORTS.get(recipe.trainer.algorithm)
         if report is not None:
@@ -381,11 +408,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
         result["evaluations"] = trainer.evaluator.finish()
         if trainer.evaluator.stopped is not None:
             result["stopped"] = trainer.evaluator.stopped
-    save_final(trainer, recipe)
-    if main:
-        shutil.rmtree(folder / "weights", ignore_errors=True)  # what servers were pushed last
-        atomic_write(summary, json.dumps(result, indent=2) + "\n")
-    trainer.accelerator.wait_for_everyone()  # a process that exits early takes the others along
     return result
 
 
@@ -505,6 +527,8 @@ def make_trainer(
     start = partial(_load_model, recipe, tokenizer, recipe.model.quantization)
     if isinstance(trainer, TreeTrainer):
         trainer.load_start = start
+    bounds = recipe.guards.model_dump(exclude={"over_optimisation"})
+    BoundsGuard(trainer, Bounds(**bounds), folder / "guards.jsonl")
     if task is not None:
         Evaluation(trainer, replace(task, load_start=start), folder / "evaluations", weights)
     return trainer

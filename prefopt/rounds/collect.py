@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +21,7 @@ from accelerate import PartialState
 from prefopt.data.rows import Prompt
 from prefopt.data.tokenize import TokenizedPrompts
 from prefopt.disk import check_space
+from prefopt.preemption import Preempted, asked, leave_if_asked
 from prefopt.rounds.judging import Judgement
 from prefopt.rounds.plan import PlannedRound
 from prefopt.rounds.sampling import Sampler, sample_shards
@@ -162,6 +165,7 @@ def draw(
 
     Raises:
         PrefoptError: The disk is nearly full, or samples are missing that cannot be drawn again.
+        Preempted: SIGTERM came; the shard that was being made then is on disk.
     """
     check_space(drawing.folder, 0, "a shard of samples")  # before it has been sampled
     stages = [("generate", rollouts_path, sample)]
@@ -177,10 +181,20 @@ def draw(
                 RESTORE,
             )
         if missing:
-            with progress(name, sum(len(drawing.shards[shard]) for shard in own)) as advance:
-                work(collector, drawing, own, advance)
+            with (
+                progress(name, sum(len(drawing.shards[shard]) for shard in own)) as advance,
+                suppress(Preempted),  # what the others are at is waited for
+            ):
+                work(collector, drawing, own, partial(_after_shard, advance))
             PartialState().wait_for_everyone()
+            leave_if_asked()
         seconds[f"time/{name}"] += time.perf_counter() - begun
+
+
+def _after_shard(advance: Callable[[int], None], prompts: int) -> None:
+    advance(prompts)
+    if asked():
+        raise Preempted
 
 
 def undone(drawing: Drawing, path: Callable[[Path, int, int], Path]) -> tuple[list[int], list[int]]:
@@ -268,9 +282,31 @@ def sampling_report(collected: CollectedSamples) -> dict[str, Any]:
     report: dict[str, Any] = {"prompts": len(collected.samples), "samples": len(drawn)}
     report["rollout/length"] = fmean(len(sample.completion.token_ids) for sample in drawn)
     report["rollout/finished"] = fmean(s.completion.finish_reason == "stop" for s in drawn)
+    report["rollout/empty"] = fmean(not sample.completion.text.strip() for sample in drawn)
     if scores:
         report["judge/score"] = fmean(scores)
+    if collected.judgements:
+        report["judge/spread"] = _spread(collected)
     return report
+
+
+def _spread(collected: CollectedSamples) -> float:
+    """How far the judge told samples apart; 0 where it told none.
+
+    The mean over prompts of the largest difference between the scores of a prompt's samples, or,
+    with one sample a prompt, between those of the round; where samples were compared only, the
+    mean of |2 P - 1|.
+    """
+    groups = [
+        judgement.scores[: len(collected.samples[position])]
+        for position, judgement in collected.judgements.items()
+    ]
+    if not any(groups):
+        played = [p for judgement in collected.judgements.values() for _, _, p in judgement.matches]
+        return fmean(abs(2 * p - 1) for p in played) if played else 0.0
+    if max(map(len, groups)) == 1:
+        groups = [list(chain.from_iterable(groups))]
+    return fmean(max(scores) - min(scores) for scores in groups)
 
 
 def reset_report(collected: CollectedSamples) -> dict[str, float]:

@@ -109,6 +109,7 @@ def fill_shards(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int], None] | None = None,
+    after_wave: Callable[[], None] | None = None,
 ) -> None:
     """Computes shards; each rank takes every ``world_size``-th of them.
 
@@ -126,6 +127,7 @@ def fill_shards(
         rank: This process.
         world_size: How many processes there are.
         progress: Called with the number of trees just done by this rank.
+        after_wave: Called where every rank has written a shard, by all of them.
     """
     device = next(model.parameters()).device
     for wave in range(0, len(missing), world_size):
@@ -146,6 +148,8 @@ def fill_shards(
         if rank < len(sizes):
             ordered = [values[i] for i in shards.trees_in(missing[own])]
             shards.write(missing[own], torch.cat(ordered))
+        if after_wave is not None:
+            after_wave()
 
 
 def weights_fingerprint(model: nn.Module) -> str:

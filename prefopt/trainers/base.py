@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -41,7 +40,7 @@ from prefopt.trainers.checkpoints import (
     rotate,
     size_of_next,
 )
-from prefopt.trainers.guards import finite_error, not_finite, write_step
+from prefopt.trainers.guards import FiniteSteps
 from prefopt.trainers.sharding import check_saves_whole
 
 logger = logging.getLogger(__name__)
@@ -118,11 +117,14 @@ class Evaluator(Protocol):
     """Looks at the policy between two epochs or rounds."""
 
     def after(self, done: int) -> bool:
-        """Runs when so many epochs or rounds are done and saved; True ends training."""
+        """Runs when so many epochs or rounds are done and saved; True ends training.
+
+        For an end with an error it calls ``end_early`` of the trainer.
+        """
         ...
 
 
-class CompleteCheckpoints(Trainer):
+class CompleteCheckpoints(FiniteSteps):
     """A Trainer whose checkpoints count only once their last file is on the disk."""
 
     evaluator: Evaluator | None = None
@@ -150,10 +152,18 @@ class CompleteCheckpoints(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of the next step; none where an evaluation ends training."""
-        epoch = self.state.epoch or 0.0
-        if epoch and epoch == int(epoch) and self.ends_after(int(epoch)):
-            return [], None
+        with self.saved_on_early_end():
+            self.safe_point()
+            epoch = self.state.epoch or 0.0
+            if epoch and epoch == int(epoch):
+                if self.ends_after(int(epoch)):
+                    return [], None
+                self.safe_point()  # an evaluation may have taken long, or have set off a guard
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The last checkpoint that was written to its end."""
+        return last_complete_checkpoint(Path(self.args.output_dir))
 
     def ends_after(self, done: int) -> bool:
         """Has the policy evaluated before the next epoch or round begins.
@@ -301,7 +311,6 @@ class TreeTrainer(CompleteCheckpoints):
         self.model_accepts_loss_kwargs = True
         self._metrics: dict[str, _Averages] = {"train": _Averages(), "eval": _Averages()}
         self._tokens, self._clock = 0, time.perf_counter()
-        self._step: list[tuple[dict[str, Any], Tensor]] = []  # micro-batches and their losses
         self.add_callback(_Beginnings(self))
 
     def _check_precision(self) -> None:
@@ -338,13 +347,6 @@ class TreeTrainer(CompleteCheckpoints):
     def add_metrics(self, values: dict[str, Tensor]) -> None:
         """Averages values into the next line of the training log."""
         self._metrics["train"].add(values)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The precision forward passes run in: autocast's, or that of the weights."""
-        if self.args.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.args.fp16 else next(self.model.parameters()).dtype
 
     def before_training(self, resumed: bool) -> None:
         """Runs once the model is wrapped, before the first step; decides on the layout."""
@@ -406,47 +408,6 @@ class TreeTrainer(CompleteCheckpoints):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         count = torch.tensor(sum(b["trees"].num_trees for b in batch_samples), device=device)
         return self.accelerator.gather(count).sum()
-
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Forward and backward pass; remembers the micro-batch for as long as its step lasts."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step.append((inputs, loss))
-        return loss
-
-    def _get_grad_norm(
-        self, model: nn.Module, grad_norm: Tensor | float | None = None
-    ) -> Tensor | float | None:
-        """Every step comes by here once, between its last backward pass and the optimiser."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        scaled = self.accelerator.scaler is not None  # its search for a scale overflows on purpose
-        self.check_finite(**({} if norm is None or scaled else {"gradient": norm}))
-        return norm
-
-    def check_finite(self, **norms: Tensor | float) -> None:
-        """Stops the run, on all processes together, before the optimiser takes a step.
-
-        Args:
-            **norms: Norms of gradients and their names; the losses of the step's micro-batches are
-                looked at as well. A further model's trainer hands in the norm of its own.
-
-        Raises:
-            PrefoptError: A loss or a norm is infinite or not a number. The step's micro-batches are
-                in ``OUTPUT_DIR/non-finite`` then, see :func:`prefopt.trainers.guards.write_step`.
-        """
-        found = not_finite(self.accelerator, [loss for _, loss in self._step], norms)
-        if not found:
-            return
-        output_dir, step = Path(self.args.output_dir), self.state.global_step + 1
-        path = output_dir / "non-finite" / f"step-{step:06d}-process-{self.args.process_index}.json"
-        write_step(path, step, found, norms, self._step)
-        checkpoint = last_complete_checkpoint(output_dir)
-        self.accelerator.wait_for_everyone()  # the first to fail has the launcher end the others
-        raise finite_error(step, found, path, checkpoint, self.args, self.compute_dtype)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 FLOPs per parameter and token, embeddings left out."""
@@ -528,6 +489,3 @@ class _Beginnings(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.before_training(resumed=state.global_step > 0)
         self.trainer._clock = time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._step.clear()

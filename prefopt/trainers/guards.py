@@ -9,11 +9,78 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from prefopt.data.tree import PromptTree, TreeBatch
 from prefopt.errors import PrefoptError
 from prefopt.rounds.storage import atomic_write
+from prefopt.trainers.early_end import EndsEarly
+
+
+class FiniteSteps(EndsEarly):
+    """A Trainer that takes no step whose loss or gradient is not finite."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._step: list[tuple[dict[str, Any], Tensor]] = []  # micro-batches and their losses
+        super().__init__(**kwargs)
+        self.add_callback(_NewStep(self))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The precision forward passes run in: autocast's, or that of the weights."""
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else next(self.model.parameters()).dtype
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward pass; remembers the micro-batch for as long as its step lasts."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step.append((inputs, loss))
+        return loss
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """Every step comes by here once, between its last backward pass and the optimiser."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.scaler is not None  # its search for a scale overflows on purpose
+        self.check_finite(**({} if norm is None or scaled else {"gradient": norm}))
+        return norm
+
+    def check_finite(self, **norms: Tensor | float) -> None:
+        """Stops the run, on all processes together, before the optimiser takes a step.
+
+        Args:
+            **norms: Norms of gradients and their names; the losses of the step's micro-batches are
+                looked at as well. A further model's trainer hands in the norm of its own.
+
+        Raises:
+            PrefoptError: A loss or a norm is infinite or not a number. The step's micro-batches are
+                in ``OUTPUT_DIR/non-finite`` then, see :func:`write_step`.
+        """
+        found = not_finite(self.accelerator, [loss for _, loss in self._step], norms)
+        if not found:
+            return
+        output_dir, step = Path(self.args.output_dir), self.state.global_step + 1
+        path = output_dir / "non-finite" / f"step-{step:06d}-process-{self.args.process_index}.json"
+        write_step(path, step, found, norms, self._step)
+        checkpoint = self.newest_checkpoint()
+        self.accelerator.wait_for_everyone()  # the first to fail has the launcher end the others
+        raise finite_error(step, found, path, checkpoint, self.args, self.compute_dtype)
+
+
+class _NewStep(TrainerCallback):
+    def __init__(self, trainer: FiniteSteps) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._step.clear()
 
 
 def not_finite(
@@ -52,7 +119,7 @@ def write_step(
     The file is JSON as Python's ``json`` reads it, ``NaN`` and ``Infinity`` included: ``step``,
     ``not_finite``, ``norms`` and ``micro_batches``, each with its ``loss`` (its share of the step's
     loss, as it was added up), its ``trees`` (``index`` in the data set, ``prompt`` and
-    ``completions`` as token ids) and its ``columns`` as the loss saw them.
+    ``completions`` as token ids) and its ``columns`` as the loss saw them; SFT has columns alone.
 
     Args:
         path: The file.
@@ -122,6 +189,8 @@ def _whole(norm: Any) -> Any:
 
 
 def _readable(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    if "trees" not in inputs:
+        return {"trees": [], "columns": dict(inputs)}
     indices = inputs["index"].tolist()
     trees = [
         {"index": index, "prompt": tree.prompt, "completions": tree.completions}

@@ -184,6 +184,7 @@ class NashMPTrainer(SampleRoundTrainer):
         self.opponent = ("target", "half")[phase]
         if within:
             return
+        self.between_steps = True
         self.kept[self.opponent] = trainable_weights(self.policy)
         if phase == 1:
             put_weights(self.policy, self.kept["target"])

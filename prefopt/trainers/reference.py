@@ -20,6 +20,7 @@ from prefopt.data.tree import PromptTree, TreeBatch
 from prefopt.models.forward import enable_trees
 from prefopt.models.gathered import is_partitioned
 from prefopt.models.logprobs import sequence_log_probs
+from prefopt.preemption import leave_if_asked
 from prefopt.rounds.log_probs import (
     ANEW,
     LogProbShards,
@@ -140,6 +141,7 @@ def stored_log_probs(
 
     Raises:
         PrefoptError: Something is missing or damaged and the weights are past.
+        Preempted: SIGTERM came; the shards that were being made then are on disk.
     """
     args, accelerator = trainer.args, trainer.accelerator
     shards = LogProbShards(folder, sizes or [len(tree.completions) for tree in trees])
@@ -176,6 +178,7 @@ def stored_log_probs(
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 progress=step,
+                after_wave=leave_if_asked,
             )
         accelerator.wait_for_everyone()
         if rows >= SHOWN_ROWS:

@@ -12,11 +12,11 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,19 @@ class OpenRound:
         return self.start + self.steps
 
 
+class SampleWatcher(Protocol):
+    """Looks at the samples of each round."""
+
+    def after_sampling(self, report: Mapping[str, Any], begins: bool) -> None:
+        """Runs when a round is on disk; to end training before it, it calls ``end_early``.
+
+        Args:
+            report: The round's ``round.json``.
+            begins: False for a round that an earlier process has begun to train on.
+        """
+        ...
+
+
 class RoundTrainer(TreeTrainer):
     """Base of the trainers that sample.
 
@@ -107,6 +120,7 @@ class RoundTrainer(TreeTrainer):
     """
 
     config: type[RoundConfig] = RoundConfig
+    watcher: SampleWatcher | None = None
 
     def __init__(
         self,
@@ -215,7 +229,10 @@ class RoundTrainer(TreeTrainer):
         raise NotImplementedError
 
     def before_sampling(self, index: int) -> None:
-        """Runs as a round begins, before anything is sampled."""
+        """Runs as a round begins, before anything is sampled.
+
+        One that changes the model sets ``between_steps``: it is not that of the last step any more.
+        """
 
     def begin_training(self, index: int) -> dict[str, float]:
         """Runs as a round begins, once it is collected; returns what is logged of it."""
@@ -286,24 +303,36 @@ class RoundTrainer(TreeTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of the next step; collects a round first where one begins."""
+        with self.saved_on_early_end():
+            self.between_steps = False
+            self.safe_point()
+            if not self._open_rounds():
+                return [], None
+        assert self.current is not None
+        here = (self.state.global_step - self.current.start) * self.args.global_batch
+        rows = self.current.order[here : here + self.args.global_batch]
+        return self._micro_batches(rows), torch.tensor(len(rows), device=device)
+
+    def _open_rounds(self) -> bool:
+        """Makes the round ready that the next step is of; whether there is one."""
         step = self.state.global_step
         while self.current is None or step >= self.current.end:
             last = self.current
-            if last is not None and step == last.end and self.ends_after(last.index + 1):
-                return [], None
+            if last is not None and step == last.end:
+                if self.ends_after(last.index + 1):
+                    return False
+                self.safe_point()  # an evaluation may have taken long, or have set off a guard
             index, start = (0, 0) if last is None else (last.index + 1, last.end)
             if index == len(self.plan):  # the last rounds gave no pairs
                 self.control.should_training_stop = True
                 if step == 0:
                     logger.warning("no round gave a pair to train on: the policy is as it was")
-                return [], None
+                return False
             begun = time.perf_counter()
             self.current = self._open(index, start)
             self._set_learning_rate()
             self._clock += time.perf_counter() - begun  # tokens a second are those of training
-        here = (step - self.current.start) * self.args.global_batch
-        rows = self.current.order[here : here + self.args.global_batch]
-        return self._micro_batches(rows), torch.tensor(len(rows), device=device)
+        return True
 
     def _micro_batches(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """This process's share of a global batch, as many micro-batches as every other has.
@@ -349,6 +378,10 @@ class RoundTrainer(TreeTrainer):
         seconds |= self.collect(index, folder)
         (report,) = read_lines(folder / "round.json")
         self.reports_of.append(report)
+        if self.watcher is not None:
+            self.watcher.after_sampling(report, begins)
+            if begins:
+                self.safe_point()
         rows = self.rows_of_round(index)
         order = row_order(
             rows,

@@ -107,8 +107,10 @@ NEEDS_HELD_OUT_ROWS = {
     "metric_for_best_model",
 }
 
-# Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...).
+# Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...), or the
+# environment: a token would stand in recipe.yaml.
 SAID_ELSEWHERE = {
+    "hub_token",
     "output_dir",
     "log_probs_dir",
     "seed",

@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.errors import PrefoptError
@@ -33,6 +33,7 @@ from prefopt.models.layout_check import layout_for
 from prefopt.rounds.storage import atomic_write, sync_tree
 from prefopt.trainers.guards import finite_error, not_finite, write_step
 from prefopt.trainers.sharding import check_saves_whole
+from prefopt.trainers.unpickling import check_pickles, watched
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,18 @@ class CompleteCheckpoints(Trainer):
         self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains as transformers does, from a checkpoint whose pickles hold numbers only.
+
+        Raises:
+            PrefoptError: One holds something else.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            check_pickles(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -185,10 +198,18 @@ class CompleteCheckpoints(Trainer):
             facts = {"step": step, "seconds": time.monotonic() - self.started}
             atomic_write(folder / COMPLETE_MARKER, json.dumps(facts))
 
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with watched(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extra(Path(checkpoint))
+        if checkpoint is None:
+            return
+        with watched(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        self.load_extra(Path(checkpoint))
 
     def save_extra(self, folder: Path) -> None:
         """Adds what else an algorithm trains to a checkpoint; runs on every process.

@@ -95,8 +95,8 @@ def watched(folder: Path) -> Iterator[None]:
     _reading.append(folder)
     try:
         yield
-    except Exception as error:
-        if _refused:  # whatever a library has made of it
+    except BaseException as error:  # PyTorch's CheckpointException is no Exception
+        if _refused:
             raise _refusal(folder, f"a pickle that names {_refused[0]}") from error
         raise
     finally:

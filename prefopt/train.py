@@ -491,6 +491,7 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
     else:
         trainer.save_model(str(folder / "adapter"))
         if main:  # from disk, because in memory the model may be sharded
+            (folder / "adapter" / "training_args.bin").unlink(missing_ok=True)
             from peft import PeftModel
 
             with loaded_whole():

@@ -159,6 +159,12 @@ class CompleteCheckpoints(Trainer):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        # its own: a pass would draw from the global one, unless its workers outlived the last pass
+        loader.base_dataloader.generator = torch.Generator()
+        return loader
+
     def ends_after(self, done: int) -> bool:
         """Has the policy evaluated before the next epoch or round begins.
 

@@ -631,16 +631,18 @@ def test_a_folder_named_after_a_model_stays_where_it_is(name: str, tmp_path: Pat
 def test_a_link_in_a_run_folder_is_not_followed(tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "mine.html").write_text("mine")
+    (elsewhere / "mine.html").write_text("my own words")
     write_lines(run / "metrics.jsonl", training())
     (run / "report.html").symlink_to(elsewhere / "mine.html")
     (run / "plots").symlink_to(elsewhere)
+    (run / "recipe.yaml").symlink_to(elsewhere / "mine.html")
+    (run / "environment.json").symlink_to(elsewhere / "mine.html")
     with pytest.raises(PrefoptError, match="plots: found a link"):
         write_report(run)
     (run / "plots").unlink()
-    write_report(run)
+    assert "my own words" not in write_report(run).read_text()
     assert [path.name for path in elsewhere.iterdir()] == ["mine.html"]
-    assert (elsewhere / "mine.html").read_text() == "mine"
+    assert (elsewhere / "mine.html").read_text() == "my own words"
     assert not (run / "report.html").is_symlink()
 
 

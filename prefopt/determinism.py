@@ -46,7 +46,7 @@ def circumstances(recipe: Recipe, environment: dict[str, Any], processes: int) -
     samples = config is not None and issubclass(config, RoundConfig)
     options = recipe.trainer.options
     cuda = environment["devices"] > 0 and not options.get("use_cpu")
-    judge = recipe.eval and recipe.eval.judge
+    judge = None if recipe.eval is None else recipe.eval.judge
     by_default = cuda and torch.cuda.is_bf16_supported() and not options.get("fp16")
     return Circumstances(
         device=environment["device"],

@@ -352,7 +352,6 @@ def test_a_run_and_its_resumption_unpickle_nothing_and_keep_their_files_private(
     assert files == []
     written = [path for path in run.rglob("*") if not path.is_symlink()]
     assert len(written) > 30
-    write_report(run)
     for path in written:
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path

@@ -28,6 +28,7 @@ from prefopt.eval.answers import (
     Answer,
     Answers,
     answers_of,
+    folder_name,
     is_answers_file,
     model_name,
     read_answers,
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     reference = Answers(whole.name, whole.rows[: arguments.limit])
     found = is_answers_file(arguments.model) and read_answers(arguments.model)
     name = arguments.name or (found.name if found else model_name(arguments.model))
-    folder = Path(arguments.out or f"runs/alpaca/{name.replace('/', '--')}")
+    folder = Path(arguments.out or f"runs/alpaca/{folder_name(name)}")
     others = _prepare(arguments, folder, instructions, whole.name)
     answers = found or answers_of(
         arguments.model,

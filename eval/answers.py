@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -221,3 +222,13 @@ def model_name(model: str) -> str:
     """A short name for a model's path."""
     parts = [part for part in Path(model).parts if part not in ("/", "final", "..", ".")]
     return parts[-1] if parts else model
+
+
+def folder_name(name: str) -> str:
+    """What a folder of a model is called, whose name may come from a file of answers.
+
+    >>> folder_name("owner/Model-1.5"), folder_name("../..\\0"), folder_name("..")
+    ('owner--Model-1.5', '--..-', 'model')
+    """
+    plain = re.sub(r"[^\w.-]+", "-", name.replace("/", "--"))
+    return plain.lstrip(".")[:100] or "model"

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from prefopt.errors import PrefoptError
 from prefopt.rounds.storage import atomic_write
 
 # Stands for the page's text colour until an SVG is written; no other element may use it.
@@ -82,13 +83,20 @@ def finish(
     figure.savefig(image, format="png", dpi=DPI, facecolor="white")
     printed = _svg(figure, facecolor="white").replace(INK, PRINTED_INK)
     rows = StringIO()
-    csv.writer(rows, lineterminator="\n").writerows([table.head, *table.rows])
+    written = [[_csv_cell(value) for value in row] for row in (table.head, *table.rows)]
+    csv.writer(rows, lineterminator="\n").writerows(written)
     files = {
         "png": image.getvalue(),
         "svg": printed.encode(errors="replace"),
         "csv": rows.getvalue().encode(errors="replace"),
     }
     return Plot(name, svg, files)
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value, or text that no spreadsheet takes for a formula."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def save_plots(folder: Path, plots: Iterable[Plot]) -> list[str]:
@@ -99,7 +107,12 @@ def save_plots(folder: Path, plots: Iterable[Plot]) -> list[str]:
 
     Returns:
         The names of the files without their endings.
+
+    Raises:
+        PrefoptError: The folder is a link, which may lead anywhere.
     """
+    if folder.is_symlink():
+        raise PrefoptError(f"{folder}: found a link, expected a folder or nothing; remove it")
     names: list[str] = []
     taken: set[str] = set()
     for plot in plots:

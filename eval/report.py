@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -167,6 +168,7 @@ def _render(
         last_values=last_values({name: runs[name] for name in trained}),
         samples=page_rows(rows, list(answered)),
         sample_names=list(answered),
+        determinism=_determinism(runs),
         files=_files(runs),
         remarks=[clip(remark, MAX_SENTENCE) for remark in remarks],
         plot_count=len(drawn),
@@ -364,6 +366,22 @@ def _is_bin(row: Mapping[str, Any]) -> bool:
     """Whether a row of a calibration table can be drawn."""
     rates = (row.get(key) for key in ("confidence", "accuracy"))
     return is_number(row.get("count")) and all(is_number(rate) and 0 <= rate <= 1 for rate in rates)
+
+
+def _determinism(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """What is the same in a repeated run; runs of which the same is said share one entry."""
+    owners: dict[tuple[str, ...], list[str]] = {}
+    for name, run in runs.items():
+        try:
+            found = json.loads(run.environment or "{}")
+        except ValueError:  # the file is shown as it is
+            continue
+        said = found.get("determinism") if isinstance(found, dict) else None
+        if isinstance(said, list) and said:
+            owners.setdefault(tuple(clip(str(each), MAX_SENTENCE) for each in said), []).append(
+                name
+            )
+    return [{"names": names, "sentences": said[:20]} for said, names in owners.items()]
 
 
 def _files(runs: Mapping[str, Run]) -> list[dict[str, str]]:

@@ -57,8 +57,10 @@ def read_run(folder: Path, remarks: list[str]) -> Run | None:
 
 
 def _read_text(path: Path) -> str:
+    if path.is_symlink() or not path.is_file():  # a link may lead to what is not to be shown
+        return ""
     # some editors begin a file with a byte order mark
-    return path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def read_lines(path: Path, remarks: list[str]) -> list[dict[str, Any]]:

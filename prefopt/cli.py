@@ -198,18 +198,19 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
         )
     import torch
 
-    from prefopt.launch import launch_command
+    from prefopt.launch import launch_command, launch_environment
     from prefopt.train import read_recipe
 
     read_recipe(arguments.recipe, arguments.overrides)
+    devices = torch.accelerator.device_count()
     words = ["train", arguments.recipe, *arguments.overrides]
     command = launch_command(
         [*words, "--json"] if arguments.json else words,
         arguments.accelerate or "ddp",
         arguments.num_processes,
-        torch.accelerator.device_count(),
+        devices,
     )
-    os.execv(command[0], command)
+    os.execve(command[0], command, os.environ | launch_environment(devices))
 
 
 def _generate(arguments: argparse.Namespace) -> dict[str, Any]:

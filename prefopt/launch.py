@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,3 +108,18 @@ def launch_command(
     if num_processes is not None:
         launcher += ["--num_processes", str(num_processes)]
     return [sys.executable, "-m", *launcher, *command]
+
+
+def launch_environment(devices: int) -> dict[str, str]:
+    """What the processes to be launched find in their environment besides.
+
+    On CPUs they talk by the loopback device: of themselves they would listen on whatever address
+    the host's name stands for.
+
+    Args:
+        devices: Accelerators of this machine.
+    """
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    if devices or not loopback or "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": loopback.pop()}

@@ -149,6 +149,13 @@ class RolloutSection(Section):
     transfer: Literal["disk", "nccl"] = "disk"  # vllm_server: how weights get there
     mix: Annotated[list[SamplingPart], Field(min_length=1)] | None = None
 
+    @field_validator("servers")
+    @classmethod
+    def _check_addresses(cls, value: list[str] | None) -> list[str] | None:
+        if any("@" in url for url in value or ()):  # it would stand in files and logs: not repeated
+            raise ValueError("an address has a name or password in it; leave them out")
+        return value
+
     @model_validator(mode="after")
     def _check_servers(self) -> RolloutSection:
         if (self.engine == "vllm_server") != (self.servers is not None):
@@ -241,6 +248,17 @@ class Recipe(Section):
     trainer: TrainerSection
     eval: EvalSection | None = None
     guards: GuardsSection = GuardsSection()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        plain = value.isprintable() and not {*"/\\"} & {*value} and not value.startswith(".")
+        if plain and len(value.encode(errors="replace")) <= 200:  # with it a folder's name is made
+            return value
+        raise ValueError(
+            f"expected a name of up to 200 letters without slashes and no dot in front, found "
+            f"{_show(value)}; 'run_dir' may be any folder"
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Returns the recipe as plain values, sections in a fixed order, defaults spelled out.

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from prefopt.determinism import circumstances, determinism
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.rounds.facts import FORMAT, check_format, differences, listed
@@ -85,7 +86,9 @@ def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
                 "restore what was there, or choose another run_dir"
             )
     atomic_write(facts, json.dumps({"format": FORMAT, **data}, indent=2) + "\n")
-    atomic_write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    found = environment()
+    found["determinism"] = determinism(circumstances(recipe, found, data.get("processes", 1)))
+    atomic_write(folder / "environment.json", json.dumps(found, indent=2) + "\n")
     recipe.write_resolved(folder / "recipe.yaml")
 
 

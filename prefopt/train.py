@@ -114,8 +114,10 @@ NEEDS_HELD_OUT_ROWS = {
     "metric_for_best_model",
 }
 
-# Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...).
+# Keys of the configs that a recipe says elsewhere (run_dir, seed, data.max_length, ...), or the
+# environment: a token would stand in recipe.yaml.
 SAID_ELSEWHERE = {
+    "hub_token",
     "output_dir",
     "log_probs_dir",
     "seed",
@@ -551,6 +553,7 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
         trainer.save_model(str(partial))
     with _saved_whole(trainer, final) as partial:
         if main:  # from disk, because in memory the model may be sharded
+            (folder / "adapter" / "training_args.bin").unlink(missing_ok=True)
             from peft import PeftModel
 
             with loaded_whole():

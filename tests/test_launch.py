@@ -141,11 +141,11 @@ def test_the_command_line_reaches_the_launcher(
 ) -> None:
     called: list[Any] = []
 
-    def execv(path: str, command: list[str]) -> None:
+    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
         called.append((path, command))
         raise SystemExit(7)  # as another program would end
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "execve", execve)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: {path: m}\ndata: {path: d}\ntrainer: {algorithm: dpo}\n")
     words = ["train", str(recipe), "seed=1", "--num-processes", "2", "trainer.beta=0.2", "--json"]

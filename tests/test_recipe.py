@@ -452,7 +452,7 @@ def test_round_trip(
 ) -> None:
     recipe = Recipe.model_validate(
         {
-            "name": text,
+            "name": "run",
             "model": {"path": text, "lora": lora},
             "data": {"sources": [{"path": text, "weight": 0.5}], "max_length": limit},
             "trainer": {**options, "algorithm": "dpo"},

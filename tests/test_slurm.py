@@ -11,6 +11,7 @@ import pytest
 
 SCRIPT = Path("recipes/slurm/online_dpo.sbatch")
 STUBS = {
+    "getent": 'echo "10.0.0.${2#n} STREAM $2"',
     "scontrol": 'printf "n%s\\n" 1 2 3 4',
     # runs the command once a task, as srun does
     "srun": """
@@ -50,12 +51,12 @@ def test_the_last_nodes_generate_and_the_others_train(tmp_path: Path) -> None:
     done = run(tmp_path, *arguments, MODEL="a/model", GENERATION_NODES="2", GPUS_PER_NODE="4")
     assert done.returncode == 3, done.stderr  # that of the training
     lines = (tmp_path / "log").read_text().splitlines()
-    serve = (
-        "vllm 1 serve a/model --host 0.0.0.0 --port 8000 --generation-config vllm "
-        "--logprobs-mode processed_logprobs --max-model-len 4096 --tensor-parallel-size 4"
-    )
-    assert lines.count(serve) == 2
     for node in ("n3", "n4"):
+        serve = (
+            f"vllm 1 serve a/model --host 10.0.0.{node[1]} --port 8000 --generation-config vllm "
+            "--logprobs-mode processed_logprobs --max-model-len 4096 --tensor-parallel-size 4"
+        )
+        assert lines.count(serve) == 1
         assert f"srun --nodes=1 --ntasks=1 --nodelist={node}" in lines
         assert f"curl http://{node}:8000/health" in lines
     train = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --nodelist=n1,n2"

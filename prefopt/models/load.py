@@ -258,14 +258,46 @@ def _load(load: Callable[..., T], path: str, what: str, **kwargs: Any) -> T:
     local = {"local_files_only": not _on_hub(path)}
     if load not in (AutoTokenizer.from_pretrained, AutoConfig.from_pretrained, snapshot_download):
         kwargs["adapter_kwargs"] = local  # the search for an adapter does not inherit the setting
+        if local["local_files_only"]:
+            _check_weights(Path(path))
+        kwargs["use_safetensors"] = True  # never a pickle, which may run code as it is loaded
     try:
         return load(path, **local, **kwargs)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise PrefoptError(f"model path {path!r}: a package is missing ({reason})") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise PrefoptError(
-            f"model path {path!r}: no {what} could be loaded; expected a local folder with a "
-            f"transformers checkpoint or a Hub id that can be reached ({reason})"
+            f"model path {path!r}: no {what} could be loaded; {_expected(reason)} ({reason})"
         ) from error
+
+
+def _expected(reason: str) -> str:
+    if "contains custom code" in reason or "references custom code" in reason:
+        return (
+            "it comes with code of its own, which is run only where the recipe says "
+            "model.trust_remote_code: true, and never for a judge; read the code before"
+        )
+    return (
+        "expected a local folder with a transformers checkpoint in safetensors, or a Hub id that "
+        "can be reached"
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuses a folder whose weights are pickles only."""
+    for pattern, name in (
+        ("pytorch_model*.bin", "model*.safetensors"),
+        ("adapter_model.bin", "adapter_model.safetensors"),
+    ):
+        found = sorted(folder.glob(pattern))
+        if found and not any(folder.glob(name)):
+            raise PrefoptError(
+                f"model path '{folder}': found {found[0].name}, a pickle, which can run any "
+                f"program as it is loaded; expected {name}: convert the weights, for a model that "
+                "you trust, with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+            )
 
 
 def _on_hub(path: str) -> bool:

@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.disk import check_space, writing
@@ -42,6 +42,7 @@ from prefopt.trainers.checkpoints import (
 )
 from prefopt.trainers.guards import FiniteSteps
 from prefopt.trainers.sharding import check_saves_whole
+from prefopt.trainers.unpickling import check_pickles, watched
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,18 @@ class CompleteCheckpoints(FiniteSteps):
         self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains as transformers does, from a checkpoint whose pickles hold numbers only.
+
+        Raises:
+            PrefoptError: One holds something else.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            check_pickles(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -164,6 +177,12 @@ class CompleteCheckpoints(FiniteSteps):
     def newest_checkpoint(self) -> Path | None:
         """The last checkpoint that was written to its end."""
         return last_complete_checkpoint(Path(self.args.output_dir))
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        # its own: a pass would draw from the global one, unless its workers outlived the last pass
+        loader.base_dataloader.generator = torch.Generator()
+        return loader
 
     def ends_after(self, done: int) -> bool:
         """Has the policy evaluated before the next epoch or round begins.
@@ -238,10 +257,18 @@ class CompleteCheckpoints(FiniteSteps):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Not before the checkpoint has its name."""
 
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with watched(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extra(Path(checkpoint))
+        if checkpoint is None:
+            return
+        with watched(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        self.load_extra(Path(checkpoint))
 
     def save_extra(self, folder: Path) -> None:
         """Adds what else an algorithm trains to a checkpoint; runs on every process.

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 class PrefoptError(Exception):
-    """Something the user can put right: the message says what, where and how, on one line."""
+    """Something the user can put right: the message says what, where and how, on one line.
+
+    Names and values from files may hold line breaks or a terminal's control codes: whatever is not
+    printable is written as its escape.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class DataError(PrefoptError):

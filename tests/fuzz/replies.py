@@ -1,0 +1,90 @@
+"""What chat APIs may send back: any status, headers and bytes."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+from hypothesis import strategies as st
+
+from fuzz.target import JSON_PIECES, Target, edited, plain, texts
+from prefopt.reward_models.api_key import ApiKey
+from prefopt.reward_models.chat_response import ChatAnswer, FailedAttemptError, read_response
+
+KEY = ApiKey("PREFOPT_FUZZ_NO_SUCH_KEY")
+texts_ = texts | st.none() | plain
+top = st.lists(
+    st.fixed_dictionaries({"token": texts_, "logprob": st.floats() | st.floats(-9, 0) | plain})
+    | plain,
+    max_size=3,
+)
+log_probs = st.fixed_dictionaries(
+    {"content": st.lists(st.fixed_dictionaries({"top_logprobs": top | plain}) | plain, max_size=2)}
+)
+choices = st.fixed_dictionaries(
+    {"message": st.fixed_dictionaries({"content": texts_}, optional={"refusal": texts_}) | plain},
+    optional={"finish_reason": texts_, "logprobs": log_probs | plain},
+)
+usage = st.fixed_dictionaries({"prompt_tokens": plain, "completion_tokens": plain})
+bodies = st.fixed_dictionaries(
+    {"choices": st.lists(choices | plain, max_size=2) | plain},
+    optional={"usage": usage | plain, "error": texts_ | st.fixed_dictionaries({"message": texts_})},
+)
+ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
+waits = st.sampled_from(
+    ["1", "0.5", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 0000 07:28:00 GMT", "-1"]
+)
+charsets = st.sampled_from(["utf-8", "utf-16", "base64", "idna", "rot13", "nowhere", "punycode"])
+headers = st.fixed_dictionaries(
+    {},
+    optional={
+        "retry-after": waits | ascii_text,
+        "location": ascii_text,
+        "content-type": charsets.map("application/json; charset={}".format) | ascii_text,
+    },
+)
+replies = st.tuples(
+    st.just(200) | st.sampled_from([301, 400, 401, 403, 404, 408, 422, 429, 500, 503, 599]),
+    headers,
+    edited(bodies.map(json.dumps).map(str.encode), JSON_PIECES) | st.binary(max_size=20),
+    st.booleans(),
+)
+
+
+def read(case: tuple[int, dict[str, str], bytes, bool]) -> None:
+    """A reply is an answer, or a failed attempt that says in one line what it was."""
+    status, fields, content, wanted = case
+    response = httpx.Response(status, headers=fields, content=content)
+    try:
+        body, answer = read_response(response, KEY, log_probs=wanted)
+    except FailedAttemptError as failure:
+        assert len(str(failure).splitlines()) == 1
+        assert failure.retry_after is None or failure.retry_after >= 0
+        return
+    assert isinstance(body, dict)
+    check_answer(answer)
+
+
+def check_answer(answer: ChatAnswer) -> None:
+    """The fields have the types that the class states, and the text can be written to a file."""
+    answer.text.encode()
+    assert isinstance(answer.finish_reason, str | None)
+    for key, value in answer.top_log_probs.items():
+        assert isinstance(key, str)
+        assert isinstance(value, float)
+    assert isinstance(answer.prompt_tokens, int)
+    assert isinstance(answer.completion_tokens, int)
+
+
+def read_bytes(content: bytes) -> None:
+    """A reply of any bytes."""
+    for status in (200, 429):
+        read((status, {}, content, False))
+
+
+REPLIES = Target(replies, read)
+REPLY_BYTES = Target(
+    edited(bodies.map(json.dumps).map(str.encode), JSON_PIECES), read_bytes, raw=True
+)
+
+

@@ -119,7 +119,7 @@ def read_difficulty(path: str | os.PathLike[str]) -> FloatArray:
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PrefoptError(f"{where}: cannot be read as a CSV file: {error}") from error
     if not rows or column not in rows[0]:
         raise DataError(where, column, "no such column, or no rows")

@@ -130,7 +130,7 @@ def read_answer(body: Any) -> ChatAnswer:
 
 def _refusal(response: httpx.Response, key: ApiKey) -> FailedAttemptError:
     status = response.status_code
-    spent = status == 429 and "insufficient_quota" in response.text
+    spent = status == 429 and "insufficient_quota" in _text(response)
     problem = f"HTTP {status}: {key.redact(_message(response))[:300]}"
     if status == 401 and not key:
         problem += f" (no key was sent: the environment variable {key.variable} is not set)"
@@ -175,4 +175,9 @@ def _message(response: httpx.Response) -> str:
         body = None
     error = body.get("error", body) if isinstance(body, dict) else None
     said = error.get("message") if isinstance(error, dict) else error
-    return " ".join((said if isinstance(said, str) else response.text).split())
+    return " ".join((said if isinstance(said, str) else _text(response)).split())
+
+
+def _text(response: httpx.Response) -> str:
+    """The body, as UTF-8 whatever charset its header names: that may be no charset of text."""
+    return response.content.decode(errors="replace")

@@ -11,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import PrefoptError
+
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
@@ -56,10 +58,13 @@ def digest(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_appended(path: Path) -> list[Any]:
-    """The values of a file of JSON lines to which lines are added one by one.
+def read_appended(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines to which lines are added one by one.
 
     What a killed process left of a last line is cut off, so that the next line begins as one.
+
+    Raises:
+        PrefoptError: A whole line is not a JSON object.
     """
     if not path.exists():
         return []
@@ -67,7 +72,22 @@ def read_appended(path: Path) -> list[Any]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         atomic_write(path, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    return [_object(line, f"{path}:{n}") for n, line in enumerate(whole.splitlines(), start=1)]
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (RecursionError, ValueError) as error:
+        problem = str(error)
+    else:
+        if isinstance(found, dict):
+            return found
+        problem = f"it holds {found!r:.40}"
+    raise PrefoptError(
+        f"{where}: not a line of this file ({problem}), expected a JSON object; remove the line, "
+        "and what it held is made again"
+    )
 
 
 def remove_partial(folder: Path) -> None:

@@ -78,7 +78,7 @@ FLAT = [
     *(pa.time32("s"), pa.time64("us"), pa.time64("ns"), pa.duration("us"), pa.duration("ns")),
     *(pa.timestamp(unit) for unit in ("s", "ms", "us", "ns")),
     *(pa.timestamp("us", zone) for zone in ("UTC", "+05:30", "Europe/Paris", "Nowhere/Town")),
-    *(pa.decimal128(38, 10), pa.decimal256(76, 0), pa.dictionary(pa.int8(), pa.string())),
+    *(pa.decimal128(38, 10), pa.decimal256(76, 0), pa.dictionary(pa.int32(), pa.string())),
 ]
 types = st.recursive(
     st.sampled_from(FLAT),
@@ -113,8 +113,8 @@ def _array(kind: pa.DataType, size: int, bits: bytes, nulls: bool) -> pa.Array:
     if pa.types.is_null(kind):
         return pa.nulls(size)
     if pa.types.is_dictionary(kind):
-        return pa.array(["x", None, "y"][:size], pa.string()).dictionary_encode()
-    validity = pa.py_buffer(bits[:1]) if nulls else None
+        return pa.array((["x", None, "y"] * size)[:size], pa.string()).dictionary_encode()
+    validity = pa.py_buffer(bits[:16]) if nulls else None
     if pa.types.is_struct(kind):
         children = [_array(f.type, size, bits[1:], nulls) for f in kind]
         return pa.Array.from_buffers(kind, size, [validity], children=children)
@@ -128,8 +128,8 @@ def _array(kind: pa.DataType, size: int, bits: bytes, nulls: bool) -> pa.Array:
         inner = _array(pa.struct([kind.key_field, kind.item_field]), offsets[-1], bits[1:], False)
         return pa.Array.from_buffers(kind, size, [validity, starts], children=[inner])
     if pa.types.is_string(kind) or wide or pa.types.is_binary(kind):
-        return pa.Array.from_buffers(kind, size, [validity, starts, pa.py_buffer(bits)])
-    return pa.Array.from_buffers(kind, size, [validity, pa.py_buffer(bits * 8)])
+        return pa.Array.from_buffers(kind, size, [validity, starts, pa.py_buffer(bits * 4)])
+    return pa.Array.from_buffers(kind, size, [validity, pa.py_buffer(bits * 32)])
 
 
 def read_parquet(content: bytes) -> None:

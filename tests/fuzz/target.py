@@ -49,7 +49,9 @@ def attempt(call: Callable[..., T], *args: Any, **options: Any) -> T | PrefoptEr
 @cache
 def scratch() -> Path:
     """A folder of this process that goes when it ends."""
-    folder = Path(tempfile.mkdtemp(prefix="prefopt-fuzz-"))
+    memory = Path("/dev/shm")  # where it exists, flushing a file costs nothing
+    parent = memory if memory.is_dir() else None
+    folder = Path(tempfile.mkdtemp(prefix="prefopt-fuzz-", dir=parent))
     register(rmtree, folder, ignore_errors=True)
     return folder
 

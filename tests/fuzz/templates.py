@@ -47,13 +47,17 @@ ODD = [
     *("{{ messages[0].content.split('') }}", "{{ 'x'.encode('idna', 'bad') }}", "{{ lipsum }}"),
     *("{{ ''.format_map(1) }}", "{{ cycler() }}", "{{ messages | map('x') | list }}", "{{ ''|x }}"),
     *("{{ messages | sort(attribute='content') | first }}", "{% include 'x' %}", "{{ dict(a) }}"),
-    *("{{ messages.pop().content }}", "{{ 2**99999999 }}", "{{ '{0.x}'.format(1) }}", "{{ -'x' }}"),
+    *("{{ messages.pop().content }}", "{{ 2**9999 }}", "{{ '{0.x}'.format(1) }}", "{{ -'x' }}"),
     *("{{ messages | batch(0) | list }}", "{% set a, b = 'abc' %}", "{{ 'x' * 10**12 }}"),
     CHATML.replace("m.content", "m.content | trim"),
     CHATML.replace("m.content", "m.content | upper"),
     CHATML.replace("<|im_end|>\n", ""),
     CHATML.replace("m.content", "m.content | reverse"),
 ]
+def _joined(*parts: str) -> str:
+    return "".join(parts)
+
+
 PARTS = [
     *("{% for m in messages %}", "{% endfor %}", "{% if add_generation_prompt %}", "{% endif %}"),
     *("{{ m.role }}", "{{ m.content }}", "{{ messages[-1].content }}", "{{ bos_token }}", "\n"),
@@ -65,7 +69,7 @@ templates = (
     | st.sampled_from(ODD)
     | st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
     | st.builds(
-        "{}{}{}".format,
+        _joined,
         st.sampled_from(PARTS),
         st.sampled_from(GOOD),
         st.sampled_from(["", *PARTS]),

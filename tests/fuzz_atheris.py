@@ -37,7 +37,9 @@ def main() -> None:
         options.append(_corpus(name))
     else:
         quiet = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
-        run = quiet(given(target.inputs)(lambda value: target.check(value))).hypothesis.fuzz_one_input
+        run = quiet(
+            given(target.inputs)(lambda value: target.check(value))
+        ).hypothesis.fuzz_one_input
         options.append("-len_control=0")  # a short buffer of choices makes no input at all
         options.append("-max_len=4096")
     atheris.Setup([program, *options], run)

@@ -1,6 +1,6 @@
 """The fuzz targets by name, and how to run one of them.
 
-    python tests/fuzz_targets.py [TARGET ...] [--examples 10000] [--seed 0]
+python tests/fuzz_targets.py [TARGET ...] [--examples 10000] [--seed 0]
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ def test_a_failure_names_the_smallest_input(monkeypatch: pytest.MonkeyPatch) -> 
     def check(case: tuple[list[int], Any]) -> None:
         assert not case[0]
 
-    monkeypatch.setitem(TARGETS, "broken", type(TARGETS["tree"])(TARGETS["tree_parts"].inputs, check))
+    monkeypatch.setitem(
+        TARGETS, "broken", type(TARGETS["tree"])(TARGETS["tree_parts"].inputs, check)
+    )
     with pytest.raises(AssertionError) as caught:
         run_target("broken", 100, seed=0)
     assert "value=([0], [])" in "".join(caught.value.__notes__)
@@ -47,7 +49,12 @@ def test_a_failure_names_the_smallest_input(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_atheris_entry_says_what_is_missing() -> None:
     script = Path(__file__).with_name("fuzz_atheris.py")
-    hidden = f"import sys, runpy; sys.modules['atheris'] = None; sys.argv = ['x', 'tree']; runpy.run_path({str(script)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
+    hidden = (
+        "import sys, runpy; sys.modules['atheris'] = None; sys.argv = ['x', 'tree']; "
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", hidden], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert "pip install atheris" in done.stdout

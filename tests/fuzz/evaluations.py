@@ -13,7 +13,7 @@ from fuzz.rows import cells
 from fuzz.target import JSON_PIECES, Target, attempt, edited, file_of, json_lines, plain, scratch
 from fuzz.target import texts as any_texts
 from prefopt.errors import PrefoptError
-from prefopt.eval import answers, annotations, questions
+from prefopt.eval import annotations, answers, questions
 from prefopt.eval.report import write_report
 
 texts = st.sampled_from(["a", "b"]) | any_texts
@@ -52,7 +52,7 @@ ANSWERS = Target(
 ANNOTATIONS = Target(
     _files(
         _rows(
-            {name: texts for name in annotations.TEXTS}
+            dict.fromkeys(annotations.TEXTS, texts)
             | {"preference": st.floats(1, 2) | st.none(), "annotator": texts}
         )
     ),
@@ -67,6 +67,7 @@ _table = st.lists(st.tuples(st.integers(0, 3), st.floats() | texts), max_size=4)
 DIFFICULTIES = Target(
     edited(_table, [b'"', b",", b"\n", b"\r", b"\x00", b"\xff", b"9" * 140_000]),
     _reader("difficulty.csv", annotations.read_difficulty),
+    {"a field of 140,000 characters": b"9" * 140_000},
     raw=True,
 )
 _asked = [questions.Question(1, "", ["a"]), questions.Question("b", "x", ["b"])]
@@ -90,7 +91,7 @@ QUESTIONS = Target(
 numbers = st.integers(0, 9) | st.floats(0, 100) | st.floats() | plain
 metrics = st.fixed_dictionaries(
     {"step": st.integers(0, 9) | plain},
-    optional={name: numbers for name in ("loss", "kl", "rewards/margins", "epoch", "x\ny", "")},
+    optional=dict.fromkeys(("loss", "kl", "rewards/margins", "epoch", "x\ny", ""), numbers),
 )
 results = st.fixed_dictionaries(
     {"win_rate": numbers},
@@ -107,7 +108,9 @@ results = st.fixed_dictionaries(
         "length_controlled": st.fixed_dictionaries({"win_rate": numbers}) | plain,
     },
 )
-answered = st.fixed_dictionaries({}, optional={"prompt": cells, "sample": plain, "completion": texts})
+answered = st.fixed_dictionaries(
+    {}, optional={"prompt": cells, "sample": plain, "completion": texts}
+)
 preferred = st.fixed_dictionaries({"prompt": st.integers(0, 2) | plain, "preference": numbers})
 samples = st.fixed_dictionaries({"answers": st.dictionaries(texts, texts | plain) | plain})
 summaries = st.fixed_dictionaries(
@@ -117,7 +120,7 @@ summaries = st.fixed_dictionaries(
         "evaluations": st.lists(results | plain, max_size=2) | plain,
         "judges": plain,
         "judge": plain,
-        **{name: plain for name in ("seconds", "steps", "stopped", "algorithm", "gold")},
+        **dict.fromkeys(("seconds", "steps", "stopped", "algorithm", "gold"), plain),
     },
 )
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from fuzz.rows import rows
-from fuzz.target import JSON_PIECES, Target, attempt, edited, file_of, json_lines, scratch
+from fuzz.target import DEEP, JSON_PIECES, Target, attempt, edited, file_of, json_lines, scratch
 from prefopt.data.rows import parse_pair, validate
 from prefopt.data.sources import SUFFIXES, read_rows
 from prefopt.errors import PrefoptError
@@ -67,6 +67,11 @@ DATA_FILES = Target(
     | edited(_lines.map(json.dumps).map(str.encode), JSON_PIECES)
     | edited(edited(_lines.map(json_lines), JSON_PIECES).map(gzip.compress), [b"\x1f\x8b"]),
     read_bytes,
+    {
+        "5,000 digits": b'{"prompt": ' + b"9" * 5000 + b"}",
+        "5,000 digits in a list": b"[" + b"9" * 5000 + b"]",
+        "100,000 brackets": DEEP,
+    },
     raw=True,
 )
 
@@ -82,9 +87,13 @@ FLAT = [
 ]
 types = st.recursive(
     st.sampled_from(FLAT),
-    lambda inner: inner.map(pa.list_)
-    | st.lists(inner, max_size=2).map(lambda ts: pa.struct([(f"f{i}", t) for i, t in enumerate(ts)]))
-    | inner.map(lambda t: pa.map_(pa.string(), t)),
+    lambda inner: (
+        inner.map(pa.list_)
+        | st.lists(inner, max_size=2).map(
+            lambda ts: pa.struct([(f"f{i}", t) for i, t in enumerate(ts)])
+        )
+        | inner.map(lambda t: pa.map_(pa.string(), t))
+    ),
     max_leaves=3,
 )
 names = st.sampled_from(["prompt", "chosen", "rejected", "messages", "a\nb", "", "é"])
@@ -137,7 +146,24 @@ def read_parquet(content: bytes) -> None:
     read_file(file_of("data.parquet", content))
 
 
-PARQUET_FILES = Target(edited(tables(), [b"PAR1", b"\x00", b"\xff" * 4]) | tables(), read_parquet)
+def _one_column(array: pa.Array) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"prompt": array}), sink)
+    return sink.getvalue()
+
+
+_two_alike = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+PARQUET_FILES = Target(
+    edited(tables(), [b"PAR1", b"\x00", b"\xff" * 4]) | tables(),
+    read_parquet,
+    {
+        "a date after the year 9999": _one_column(pa.array([2**31 - 1], pa.date32())),
+        "a time after midnight": _one_column(pa.array([2**62], pa.time64("us"))),
+        "a time zone that nobody knows": _one_column(pa.array([1], pa.timestamp("us", "No/Where"))),
+        "text that is not UTF-8": _one_column(pa.array([b"\xff"]).view(pa.string())),
+        "two fields of the same name": _one_column(_two_alike),
+    },
+)
 
 # --- folders -------------------------------------------------------------------------------------
 

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from fuzz.target import JSON_PIECES, Target, edited, plain, texts
 from prefopt.reward_models.api_key import ApiKey
-from prefopt.reward_models.chat_response import ChatAnswer, FailedAttemptError, read_response
+from prefopt.reward_models.chat_response import (
+    ChatAnswer,
+    FailedAttemptError,
+    Response,
+    read_response,
+)
 
 KEY = ApiKey("PREFOPT_FUZZ_NO_SUCH_KEY")
 texts_ = texts | st.none() | plain
@@ -55,14 +60,21 @@ def read(case: tuple[int, dict[str, str], bytes, bool]) -> None:
     """A reply is an answer, or a failed attempt that says in one line what it was."""
     status, fields, content, wanted = case
     response = httpx.Response(status, headers=fields, content=content)
-    try:
-        body, answer = read_response(response, KEY, log_probs=wanted)
-    except FailedAttemptError as failure:
-        assert len(str(failure).splitlines()) == 1
-        assert failure.retry_after is None or failure.retry_after >= 0
+    result = _attempt(response, wanted)
+    if isinstance(result, FailedAttemptError):
+        assert len(str(result).splitlines()) == 1
+        assert result.retry_after is None or result.retry_after >= 0
         return
+    body, answer = result
     assert isinstance(body, dict)
     check_answer(answer)
+
+
+def _attempt(response: httpx.Response, wanted: bool) -> Response | FailedAttemptError:
+    try:
+        return read_response(response, KEY, log_probs=wanted)
+    except FailedAttemptError as failure:
+        return failure
 
 
 def check_answer(answer: ChatAnswer) -> None:
@@ -82,9 +94,15 @@ def read_bytes(content: bytes) -> None:
         read((status, {}, content, False))
 
 
-REPLIES = Target(replies, read)
+REPLIES = Target(
+    replies,
+    read,
+    {
+        "a charset that is none of text": (
+            (500, {"content-type": "application/json; charset=base64"}, b"\x00", False)
+        )
+    },
+)
 REPLY_BYTES = Target(
     edited(bodies.map(json.dumps).map(str.encode), JSON_PIECES), read_bytes, raw=True
 )
-
-

@@ -135,4 +135,12 @@ def check_answer(prompt: Prompt, completion: Completion) -> None:
     assert completion.strip()
 
 
-ROWS = Target(st.lists(rows, min_size=1, max_size=3), parse)
+ROWS = Target(
+    st.lists(rows, min_size=1, max_size=3),
+    parse,
+    {
+        "a line break in a column's name": [{"prompt": "a", "chosen": "b", "x\ny": "c"}],
+        "terminal codes in a role": [{"messages": [{"role": "\x1b[2J", "content": "a"}]}],
+        "a line break in a key of a message": [{"messages": [{"role": "user", "x\ny": "a"}]}],
+    },
+)

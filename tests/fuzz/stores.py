@@ -9,7 +9,17 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fuzz.pairing import chances, finite
-from fuzz.target import JSON_PIECES, Target, attempt, edited, file_of, json_lines, plain, scratch
+from fuzz.target import (
+    DEEP,
+    JSON_PIECES,
+    Target,
+    attempt,
+    edited,
+    file_of,
+    json_lines,
+    plain,
+    scratch,
+)
 from prefopt.errors import PrefoptError
 from prefopt.rollout.engine import Completion
 from prefopt.rounds import store
@@ -80,7 +90,17 @@ def read_any(content: bytes) -> None:
 
 
 STORED_FILES = Target(
-    edited(judgement_lines, JSON_PIECES) | st.binary(max_size=20), read_any, raw=True
+    edited(judgement_lines, JSON_PIECES) | st.binary(max_size=20),
+    read_any,
+    {
+        "null": b"null\n",
+        "an empty line": b"\n",
+        "brackets": DEEP + b"\n",
+        "a judgement without a position": b'{"scores": [], "matches": []}\n',
+        "matches of one number": b'{"position": 0, "scores": [], "matches": [1]}\n',
+        "matches of two": b'{"position": 0, "scores": [], "matches": [[1, 2]]}\n',
+    },
+    raw=True,
 )
 
 

@@ -41,9 +41,10 @@ def attempt(call: Callable[..., T], *args: Any, **options: Any) -> T | PrefoptEr
     try:
         return call(*args, **options)
     except PrefoptError as error:
-        lines = str(error).splitlines()
-        assert len(lines) == 1, f"the message has {len(lines)} lines: {error}"
-        return error
+        refused = error
+    lines = str(refused).splitlines()
+    assert len(lines) == 1, f"the message has {len(lines)} lines: {refused}"
+    return refused
 
 
 @cache
@@ -67,12 +68,23 @@ def file_of(name: str, content: bytes) -> Path:
 # --- inputs that several targets share -----------------------------------------------------------
 
 # half a character, line ends of several kinds, a byte order mark, letters of two code points
-ODD_TEXTS = ["", " ", "\n", "\r\n", "\x00", "\x85", "\u2028", "\ufeff", "\ud800", "\udc80", "é", "🤝🏽"]
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\r\n",
+    "\x00",
+    "\x85",
+    "\u2028",
+    "\ufeff",
+    "\ud800",
+    "\udc80",
+    "é",
+    "🤝🏽",
+]
 texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(ODD_TEXTS)
 HUGE = [10**400, -(10**400), 2**63, 2**64, 1e308, -1e308, 5e-324, float("nan"), float("inf")]
-scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | texts | st.sampled_from(HUGE)
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.sampled_from(HUGE)
 plain = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),

@@ -43,7 +43,11 @@ ODD = [
     *("{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ messages.content.x.y }}", "{{ none.x }}"),
     *("{{ messages + 1 }}", "{{ 'a' | int / 0 }}", "{{ '%d' % 'x' }}", "{{ range(10**9) | list }}"),
     *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ {}['x'] }}", "{{ [][0] + 'x' }}"),
-    *("{{ raise_exception('two\nlines') }}", "{% for i in range(2000) %}.{% endfor %}", "{{ x() }}"),
+    *(
+        "{{ raise_exception('two\nlines') }}",
+        "{% for i in range(2000) %}.{% endfor %}",
+        "{{ x() }}",
+    ),
     *("{{ messages[0].content.split('') }}", "{{ 'x'.encode('idna', 'bad') }}", "{{ lipsum }}"),
     *("{{ ''.format_map(1) }}", "{{ cycler() }}", "{{ messages | map('x') | list }}", "{{ ''|x }}"),
     *("{{ messages | sort(attribute='content') | first }}", "{% include 'x' %}", "{{ dict(a) }}"),
@@ -54,6 +58,8 @@ ODD = [
     CHATML.replace("<|im_end|>\n", ""),
     CHATML.replace("m.content", "m.content | reverse"),
 ]
+
+
 def _joined(*parts: str) -> str:
     return "".join(parts)
 
@@ -61,7 +67,14 @@ def _joined(*parts: str) -> str:
 PARTS = [
     *("{% for m in messages %}", "{% endfor %}", "{% if add_generation_prompt %}", "{% endif %}"),
     *("{{ m.role }}", "{{ m.content }}", "{{ messages[-1].content }}", "{{ bos_token }}", "\n"),
-    *("{{ eos_token }}", "<|im_start|>", "<|im_end|>", "assistant", " ", "{% if m.role == 'user' %}"),
+    *(
+        "{{ eos_token }}",
+        "<|im_start|>",
+        "<|im_end|>",
+        "assistant",
+        " ",
+        "{% if m.role == 'user' %}",
+    ),
     *("{% if loop.last %}", "{{ m.content | trim }}", "{% else %}", "{{ messages | length }}", "é"),
 ]
 templates = (
@@ -161,4 +174,24 @@ def check_together(
     assert rendered.startswith(decoded.removesuffix(tok.eos_token or ""))
 
 
-TEMPLATES = Target(cases, encode)
+def _case(kind: str, template: str | None, prompt: Any = ()) -> dict[str, Any]:
+    talk = [{"role": "user", "content": "Hi"}]
+    prompt = talk if prompt == () else prompt
+    return {"kind": kind, "template": template, "prompt": prompt, "answers": ["It is 2.", "no"]}
+
+
+TEMPLATES = Target(
+    cases,
+    encode,
+    {
+        "no messages": _case("bytes", CHATML, []),
+        "no EOS, and a token over the border": _case("bytes, no eos", None, "It is 2. "),
+        "1 / 0": _case("bytes", "{{ 1 / 0 }}"),
+        "an unknown error handler": _case("bytes", "{{ 'x'.encode('idna', 'bad') }}"),
+        "an empty separator": _case("bytes", "{{ messages[0].content.split('') }}"),
+        "a list and a number": _case("words", "{{ messages + 1 }}"),
+        "without end": _case("words", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        "a terabyte": _case("words", "{{ 'x' * 10**12 }}"),
+        "a filter that wants items": _case("words", "{{ cycler() }}"),
+    },
+)

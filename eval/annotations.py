@@ -201,13 +201,16 @@ def _preference(row: dict[str, Any], place: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(place, "preference", f"found {value!r:.40}, expected a number, or null")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise DataError(place, "preference", f"found {value!r:.40}, expected 1 to 2") from None
 
 
 def _read_json(path: str | os.PathLike[str]) -> list[Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise PrefoptError(f"{os.fspath(path)}: cannot be read as JSON: {error}") from error
     if not isinstance(content, list):
         raise PrefoptError(

@@ -10,7 +10,18 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fuzz.rows import cells
-from fuzz.target import JSON_PIECES, Target, attempt, edited, file_of, json_lines, plain, scratch
+from fuzz.target import (
+    DEEP,
+    HUGE,
+    JSON_PIECES,
+    Target,
+    attempt,
+    edited,
+    file_of,
+    json_lines,
+    plain,
+    scratch,
+)
 from fuzz.target import texts as any_texts
 from prefopt.errors import PrefoptError
 from prefopt.eval import annotations, answers, questions
@@ -53,10 +64,19 @@ ANNOTATIONS = Target(
     _files(
         _rows(
             dict.fromkeys(annotations.TEXTS, texts)
-            | {"preference": st.floats(1, 2) | st.none(), "annotator": texts}
+            | {
+                "preference": st.floats(1, 2) | st.none() | st.sampled_from(HUGE),
+                "annotator": texts,
+            }
         )
     ),
     _reader("annotations.json", annotations.read_annotations),
+    {
+        "a preference of 400 digits": json.dumps(
+            [dict.fromkeys(annotations.TEXTS, "a") | {"preference": 10**400}]
+        ).encode(),
+        "brackets": DEEP,
+    },
     raw=True,
 )
 _table = st.lists(st.tuples(st.integers(0, 3), st.floats() | texts), max_size=4).map(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
 import httpx
 from hypothesis import strategies as st
 
-from fuzz.target import JSON_PIECES, Target, edited, plain, texts
+from fuzz.target import DEEP, HUGE, JSON_PIECES, Target, edited, plain, texts
 from prefopt.reward_models.api_key import ApiKey
 from prefopt.reward_models.chat_response import (
     ChatAnswer,
@@ -18,8 +20,9 @@ from prefopt.reward_models.chat_response import (
 
 KEY = ApiKey("PREFOPT_FUZZ_NO_SUCH_KEY")
 texts_ = texts | st.none() | plain
+counts = st.sampled_from(HUGE) | plain
 top = st.lists(
-    st.fixed_dictionaries({"token": texts_, "logprob": st.floats() | st.floats(-9, 0) | plain})
+    st.fixed_dictionaries({"token": texts_, "logprob": st.floats() | st.floats(-9, 0) | counts})
     | plain,
     max_size=3,
 )
@@ -30,7 +33,7 @@ choices = st.fixed_dictionaries(
     {"message": st.fixed_dictionaries({"content": texts_}, optional={"refusal": texts_}) | plain},
     optional={"finish_reason": texts_, "logprobs": log_probs | plain},
 )
-usage = st.fixed_dictionaries({"prompt_tokens": plain, "completion_tokens": plain})
+usage = st.fixed_dictionaries({"prompt_tokens": counts, "completion_tokens": counts})
 bodies = st.fixed_dictionaries(
     {"choices": st.lists(choices | plain, max_size=2) | plain},
     optional={"usage": usage | plain, "error": texts_ | st.fixed_dictionaries({"message": texts_})},
@@ -94,13 +97,27 @@ def read_bytes(content: bytes) -> None:
         read((status, {}, content, False))
 
 
+def _reply(changed: dict[str, Any]) -> tuple[int, dict[str, str], bytes, bool]:
+    choice = {"message": {"content": "a"}, "finish_reason": "stop"} | changed
+    return 200, {}, json.dumps({"choices": [choice]} | changed).encode(), False
+
+
+def _top(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"content": [{"top_logprobs": [entry]}]}
+
+
 REPLIES = Target(
     replies,
     read,
     {
+        "infinitely many tokens": _reply({"usage": {"prompt_tokens": math.inf}}),
+        "a log-prob of 400 digits": _reply({"logprobs": _top({"token": "a", "logprob": 10**400})}),
+        "a token that is a number": _reply({"logprobs": _top({"token": 3, "logprob": -1})}),
+        "a list of reasons": _reply({"finish_reason": ["stop"]}),
+        "brackets": (500, {}, DEEP, False),
         "a charset that is none of text": (
             (500, {"content-type": "application/json; charset=base64"}, b"\x00", False)
-        )
+        ),
     },
 )
 REPLY_BYTES = Target(

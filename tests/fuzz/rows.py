@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fuzz.target import Target, attempt, plain, texts
+from fuzz.target import HUGE, Target, attempt, plain, texts
 from prefopt.data.rows import (
     Completion,
     Demonstration,
@@ -62,14 +62,17 @@ def _two(answers: list[Any]) -> dict[str, Any]:
     return {"chosen": answers[0], "rejected": answers[1]}
 
 
-probabilities = st.floats(0, 1) | st.sampled_from([0, 1, 0.5])
+huge = st.sampled_from(HUGE)
+probabilities = st.floats(0, 1) | st.sampled_from([0, 1, 0.5]) | huge
 rows = st.builds(
     lambda good, odd: {**good, **odd},
     pairs()
     | st.fixed_dictionaries({"messages": cells})
     | st.fixed_dictionaries({"prompt": cells, "completion": cells}),
     st.just({})
-    | st.fixed_dictionaries({"p_chosen": probabilities, "margin": st.integers() | st.floats()})
+    | st.fixed_dictionaries(
+        {"p_chosen": probabilities, "margin": st.integers() | st.floats() | huge}
+    )
     | st.dictionaries(st.sampled_from(COLUMNS), cells, max_size=3)
     | st.dictionaries(texts, plain, max_size=2),
 )
@@ -140,7 +143,7 @@ ROWS = Target(
     parse,
     {
         "a line break in a column's name": [{"prompt": "a", "chosen": "b", "x\ny": "c"}],
-        "terminal codes in a role": [{"messages": [{"role": "\x1b[2J", "content": "a"}]}],
+        "a margin of 400 digits": [{**_two(["a", "b"]), "prompt": "c", "margin": 10**400}],
         "a line break in a key of a message": [{"messages": [{"role": "user", "x\ny": "a"}]}],
     },
 )

@@ -138,7 +138,7 @@ def encode(case: dict[str, Any]) -> None:
         assert isinstance(stops, list)
         assert whole[-1] in stops
         assert find_stop(whole, stops) is None
-        assert isinstance(part, list)
+    if isinstance(part, list) and isinstance(stops, list):
         assert find_stop(part, stops, finished=False) is None
     if isinstance(prompt_ids, list) and isinstance(whole, list):
         check_together(tok, case, prompt_ids, whole)

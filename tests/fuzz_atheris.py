@@ -16,7 +16,7 @@ from pathlib import Path
 try:
     import atheris
 except ImportError:
-    print("skipped: atheris is not installed here; where it has a wheel: pip install atheris")
+    print("skipped: atheris is missing; where it has a wheel: pip install -e '.[fuzz]'")
     sys.exit(0)
 
 sys.path.insert(0, str(Path(__file__).parent))

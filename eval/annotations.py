@@ -119,7 +119,7 @@ def read_difficulty(path: str | os.PathLike[str]) -> FloatArray:
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PrefoptError(f"{where}: cannot be read as a CSV file: {error}") from error
     if not rows or column not in rows[0]:
         raise DataError(where, column, "no such column, or no rows")
@@ -201,13 +201,16 @@ def _preference(row: dict[str, Any], place: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(place, "preference", f"found {value!r:.40}, expected a number, or null")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise DataError(place, "preference", f"found {value!r:.40}, expected 1 to 2") from None
 
 
 def _read_json(path: str | os.PathLike[str]) -> list[Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise PrefoptError(f"{os.fspath(path)}: cannot be read as JSON: {error}") from error
     if not isinstance(content, list):
         raise PrefoptError(

@@ -119,10 +119,12 @@ def read_answer(body: Any) -> ChatAnswer:
         usage = body.get("usage") or {}
         prompt_tokens = int(usage.get("prompt_tokens") or 0)
         completion_tokens = int(usage.get("completion_tokens") or 0)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
         raise FailedAttemptError("an answer of another form", passing=True) from None
     if not isinstance(text, str):
         raise FailedAttemptError("an answer without content", passing=True)
+    if not isinstance(reason, str | None) or not all(isinstance(t, str) for t in log_probs):
+        raise FailedAttemptError("an answer of another form", passing=True)
     # JSON can hold half of a character, which no file can: an answer may have been cut there
     text = text.encode(errors="replace").decode()
     return ChatAnswer(text, log_probs, prompt_tokens, completion_tokens, reason)
@@ -130,7 +132,7 @@ def read_answer(body: Any) -> ChatAnswer:
 
 def _refusal(response: httpx.Response, key: ApiKey) -> FailedAttemptError:
     status = response.status_code
-    spent = status == 429 and "insufficient_quota" in response.text
+    spent = status == 429 and "insufficient_quota" in _text(response)
     problem = f"HTTP {status}: {key.redact(_message(response))[:300]}"
     if status == 401 and not key:
         problem += f" (no key was sent: the environment variable {key.variable} is not set)"
@@ -171,8 +173,13 @@ def _message(response: httpx.Response) -> str:
     """What a server says of an error, on one line."""
     try:
         body = json.loads(response.content)
-    except ValueError:
+    except (RecursionError, ValueError):
         body = None
     error = body.get("error", body) if isinstance(body, dict) else None
     said = error.get("message") if isinstance(error, dict) else error
-    return " ".join((said if isinstance(said, str) else response.text).split())
+    return " ".join((said if isinstance(said, str) else _text(response)).split())
+
+
+def _text(response: httpx.Response) -> str:
+    """The body, as UTF-8 whatever charset its header names: that may be no charset of text."""
+    return response.content.decode(errors="replace")

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from prefopt.data.sources import Source, read_rows, read_sources
-from prefopt.errors import PrefoptError
+from prefopt.errors import DataError, PrefoptError
 
 ROWS = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(4)]
 
@@ -259,3 +259,26 @@ def test_weight_too_small_for_a_single_row(two_files: tuple[str, str]) -> None:
 def test_impossible_weight(weight: float) -> None:
     with pytest.raises(PrefoptError, match=r"a\.jsonl: weight is"):
         Source("a.jsonl", weight)
+
+
+def test_a_cell_of_parquet_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
+    days = pyarrow.array([0, 1, 2**31 - 1], pyarrow.date32())  # the last one is after the year 9999
+    path = tmp_path / "dates.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"], "day": days}), path)
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        list(read_rows(path))
+    assert (caught.value.where, caught.value.field) == (f"{path}:3", "day")
+
+
+def test_numbers_too_long_and_lists_too_deep_are_named_by_line(tmp_path: Path) -> None:
+    for line, found in (("9" * 5000, "thousands of digits"), ("[" * 100_000, "nested too deeply")):
+        path = tmp_path / "odd.jsonl"
+        path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+        with pytest.raises(PrefoptError, match=rf"odd\.jsonl:2: .*{found}"):
+            list(read_rows(path))
+
+
+def test_what_is_not_printable_is_escaped_in_messages() -> None:
+    error = DataError("f:1", "a\nb", "found '\x1b[2J', expected 'é'")
+    assert str(error) == "f:1: field 'a\\nb': found '\\x1b[2J', expected 'é'"
+    assert error.problem == "found '\x1b[2J', expected 'é'"

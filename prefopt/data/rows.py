@@ -457,9 +457,13 @@ def _number(row: Row, field: str, where: str, *, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         expected = f"expected a number; leave the column out to mean {default}"
         raise _bad((where, field), "wrong type", f"found {_name(value)}, {expected}")
-    if not math.isfinite(value):
-        raise _bad((where, field), "not finite", f"found {value}, expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise _bad((where, field), "not finite", f"found {value!r:.40}, expected a finite number")
+    return number
 
 
 def _missing(row: Row, here: _Here, expected: str = "") -> DataError:

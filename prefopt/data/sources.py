@@ -10,11 +10,14 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from prefopt.errors import PrefoptError
+from prefopt.errors import DataError, PrefoptError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}
@@ -248,6 +251,16 @@ def _parse(text: str, file: Path, first_line: int) -> Any:
             f"{expected}",
             where=f"{file}:{line}",
         ) from error
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise PrefoptError(
+            f"{file}:{first_line}: found a whole number of thousands of digits; shorten it, or "
+            "write it as text"
+        ) from error
+    except RecursionError as error:
+        raise PrefoptError(
+            f"{file}:{first_line}: lists or objects are nested too deeply to be read; expected "
+            "messages or text"
+        ) from error
 
 
 def _check_row(row: Any, where: str) -> Row:
@@ -277,13 +290,32 @@ def _read_parquet(file: Path) -> Iterator[LocatedRow]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+            for row in _python_rows(batch, file, number):
                 number += 1
                 yield f"{file}:{number}", row
     except pyarrow.ArrowException as error:
         raise PrefoptError(
             f"{file}: not a readable Parquet file ({_first_line(error)}); copy or download it again"
         ) from error
+
+
+def _python_rows(batch: pyarrow.RecordBatch, file: Path, before: int) -> list[Row]:
+    """The rows of a batch, of which `before` precede it in the file."""
+    try:
+        return batch.to_pylist()
+    except (ArithmeticError, LookupError, ValueError):
+        # a date after the year 9999, text that is not UTF-8, a time zone that nobody knows
+        for number, name in product(range(batch.num_rows), batch.schema.names):
+            try:
+                batch.column(name)[number].as_py()
+            except (ArithmeticError, LookupError, ValueError) as error:
+                raise DataError(
+                    f"{file}:{before + number + 1}",
+                    name,
+                    f"found a value that cannot be read ({_first_line(error)}); remove the column "
+                    "or write it as text",
+                ) from error
+        raise
 
 
 def _read_saved(folder: Path, split: str) -> Iterator[LocatedRow]:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _QUESTION = {"role": "user", "content": "Is this a probe?"}
 _PROBE = "Yes-it-is-a-probe"
 _ANSWER = {"role": "assistant", "content": _PROBE}
+# A template is a program: these are what its operations on text, lists and numbers raise.
+_TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
+    *(RuntimeError, TypeError, ValueError),
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -362,9 +367,11 @@ def _apply(
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+    except _TEMPLATE_ERRORS as error:
+        roles = ", ".join(message["role"] for message in messages) or "none"
         reason = " ".join(str(error).split())  # a template may raise several lines
+        if not isinstance(error, jinja2.TemplateError):
+            reason = f"{type(error).__name__}: {reason}"
         raise PrefoptError(
             f"the chat template of {_name(tokenizer)} refuses a conversation with the roles "
             f"{roles} ({reason}); change the conversation or set model.chat_template to another"
@@ -416,6 +423,7 @@ def _ids_alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     It is tokenised behind a special token, because SentencePiece-like tokenizers put a space
     before a text that stands alone.
     """
+    _eos(tokenizer)
     [ids] = _ids(tokenizer, [tokenizer.eos_token + text])
     return ids[1:]
 

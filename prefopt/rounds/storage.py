@@ -115,8 +115,8 @@ def append(path: Path, lines: str) -> None:
             raise
 
 
-def read_appended(path: Path) -> list[Any]:
-    """The values of a file of JSON lines to which lines are added one by one.
+def read_appended(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines to which lines are added one by one.
 
     What is no whole line, such as the last one of a killed process, is cut out, so that the next
     line begins as one; what it said is for the caller to make again.
@@ -127,14 +127,23 @@ def read_appended(path: Path) -> list[Any]:
     *lines, rest = content.split(b"\n")
     values, whole = [], []
     for number, line in enumerate(lines, start=1):
-        try:
-            values.append(json.loads(line))
+        value = _object(line)
+        if value is None:
+            logger.warning("%s:%d: found no JSON object; the line is taken out", path, number)
+        else:
+            values.append(value)
             whole.append(line)
-        except ValueError:
-            logger.warning("%s:%d: found no JSON; the line is taken out", path, number)
     if rest or len(whole) < len(lines):
         atomic_write(path, b"".join(line + b"\n" for line in whole))
     return values
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (RecursionError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def remove_partial(folder: Path) -> None:

@@ -127,12 +127,15 @@ def read_judgements(path: Path) -> dict[int, Judgement]:
     Raises:
         PrefoptError: The file cannot be read.
     """
-    return {
-        row["position"]: Judgement(
-            scores=row["scores"], matches=[(i, j, p) for i, j, p in row["matches"]]
-        )
-        for row in read_lines(path)
-    }
+    try:
+        return {
+            row["position"]: Judgement(
+                scores=row["scores"], matches=[(i, j, p) for i, j, p in row["matches"]]
+            )
+            for row in read_lines(path)
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -157,10 +160,13 @@ def read_lines(path: Path, otherwise: str = RESTORE) -> list[dict[str, Any]]:
     """
     try:
         text = read_summed(path, otherwise).decode()
-        return [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError) as error:
+        rows = [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, RecursionError, ValueError) as error:
         raise _unreadable(path, error, otherwise) from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise _unreadable(path, "found JSON that is no object", otherwise)
+    return rows
 
 
-def _unreadable(path: Path, error: Exception, otherwise: str = RESTORE) -> PrefoptError:
+def _unreadable(path: Path, error: Exception | str, otherwise: str = RESTORE) -> PrefoptError:
     return PrefoptError(f"{path}: cannot be read ({error}); {otherwise}")

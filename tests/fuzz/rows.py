@@ -1,0 +1,149 @@
+"""The parsers of rows: any columns, any values, conversations with anything in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from fuzz.target import HUGE, Target, attempt, plain, texts
+from prefopt.data.rows import (
+    Completion,
+    Demonstration,
+    PreferencePair,
+    Prompt,
+    parse_answer,
+    parse_demonstrations,
+    parse_pair,
+    parse_prompt,
+    validate,
+)
+from prefopt.errors import DataError
+
+words = st.sampled_from(["Hi", "1+1?", "It is 2.", "3"]) | texts
+roles = st.sampled_from(["user", "assistant"]) | st.sampled_from(["system", "tool", "User", ""])
+messages = st.fixed_dictionaries(
+    {"role": roles | plain, "content": words | plain},
+    optional={"tool_calls": plain, "thinking": plain, "name": plain},
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Turns in the right order, most of them with text."""
+    turns = [{"role": "system", "content": "Be brief."}] if draw(st.booleans()) else []
+    for number in range(draw(st.integers(1, 4))):
+        turns.append({"role": ("user", "assistant")[number % 2], "content": draw(words)})
+    return turns
+
+
+transcripts = st.lists(
+    st.tuples(st.sampled_from(["\n\nHuman: ", "\n\nAssistant: ", "Human:"]), words).map("".join),
+    max_size=4,
+).map("".join)
+cells = conversations() | words | transcripts | st.lists(messages | plain, max_size=3) | plain
+COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "p_chosen", "margin")
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> dict[str, Any]:
+    """Rows of the four layouts, right or nearly so."""
+    prompt = draw(conversations() | words)
+    answers = [[{"role": "assistant", "content": draw(words)}] for _ in range(2)]
+    shape = draw(st.sampled_from(["message", "text", "whole"]))
+    if shape == "text":
+        return {"prompt": prompt, **_two([a[0]["content"] for a in answers])}
+    if shape == "message" or isinstance(prompt, str):
+        return {"prompt": prompt, **_two(answers)}
+    return _two([prompt + answer for answer in answers])
+
+
+def _two(answers: list[Any]) -> dict[str, Any]:
+    return {"chosen": answers[0], "rejected": answers[1]}
+
+
+huge = st.sampled_from(HUGE)
+probabilities = st.floats(0, 1) | st.sampled_from([0, 1, 0.5]) | huge
+rows = st.builds(
+    lambda good, odd: {**good, **odd},
+    pairs()
+    | st.fixed_dictionaries({"messages": cells})
+    | st.fixed_dictionaries({"prompt": cells, "completion": cells}),
+    st.just({})
+    | st.fixed_dictionaries(
+        {"p_chosen": probabilities, "margin": st.integers() | st.floats() | huge}
+    )
+    | st.dictionaries(st.sampled_from(COLUMNS), cells, max_size=3)
+    | st.dictionaries(texts, plain, max_size=2),
+)
+
+
+def parse(found: list[dict[str, Any]]) -> None:
+    """Each parser returns what its docstring says, or names the row and one of its columns."""
+    located = [(f"f.jsonl:{number}", row) for number, row in enumerate(found, start=1)]
+    good = 0
+    for where, row in located:
+        pair = _parsed(parse_pair, row, where)
+        if isinstance(pair, PreferencePair):
+            good += 1
+            check_answer(pair.prompt, pair.chosen)
+            check_answer(pair.prompt, pair.rejected)
+            assert pair.chosen != pair.rejected
+            assert 0 <= pair.p_chosen <= 1
+            assert pair.where == where
+            assert parse_prompt(row, where) == pair.prompt
+        for demonstration in _parsed(parse_demonstrations, row, where) or []:
+            check_answer(demonstration.prompt, demonstration.completion)
+        for column in ("chosen", "completion", "messages", "other"):
+            answer = _parsed(parse_answer, row, where, column)
+            if isinstance(answer, Demonstration):
+                check_answer(answer.prompt, answer.completion)
+        prompt = _parsed(parse_prompt, row, where)
+        if prompt is not None:
+            check_prompt(prompt)
+    kept = attempt(validate, located, parse_pair, invalid="drop")
+    if isinstance(kept, tuple):
+        assert (len(kept[0]), sum(kept[1].values())) == (good, len(found) - good)
+    assert isinstance(attempt(validate, located, parse_pair), tuple) == (good == len(found))
+
+
+def _parsed(parser: Any, row: dict[str, Any], where: str, *more: str) -> Any:
+    result = attempt(parser, row, where, *more)
+    if not isinstance(result, Exception):
+        return result
+    assert isinstance(result, DataError)
+    assert result.where == where
+    assert result.field in {*COLUMNS, *more}
+    return None
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Text, or turns that ask for an answer."""
+    if isinstance(prompt, str):
+        assert prompt.strip()
+        return
+    assert prompt[-1]["role"] in ("user", "tool")
+    assert all(message.keys() == {"role", "content"} for message in prompt)
+    assert all(message["content"].strip() for message in prompt)
+
+
+def check_answer(prompt: Prompt, completion: Completion) -> None:
+    """Text after text, one assistant message after messages."""
+    check_prompt(prompt)
+    assert isinstance(prompt, str) == isinstance(completion, str)
+    if not isinstance(completion, str):
+        [message] = completion
+        assert message["role"] == "assistant"
+        completion = message["content"]
+    assert completion.strip()
+
+
+ROWS = Target(
+    st.lists(rows, min_size=1, max_size=3),
+    parse,
+    {
+        "a line break in a column's name": [{"prompt": "a", "chosen": "b", "x\ny": "c"}],
+        "a margin of 400 digits": [{**_two(["a", "b"]), "prompt": "c", "margin": 10**400}],
+        "a line break in a key of a message": [{"messages": [{"role": "user", "x\ny": "a"}]}],
+    },
+)

@@ -190,12 +190,13 @@ def render(
                 "told apart; set model.chat_template to a template that does not (trl's "
                 "get_training_chat_template(tokenizer) may have one)"
             )
-        if not text.endswith(end.tail):
+        answered = text[len(prompt_text) :]
+        if not answered.endswith(end.tail):
             raise PrefoptError(
                 f"the chat template of {_name(tokenizer)} does not close every assistant turn "
                 f"with {end.tail!r}; set model.chat_template to one that does"
             )
-        body = text[len(prompt_text) : len(text) - len(end.tail)]
+        body = answered.removesuffix(end.tail)
         answers.append(body + end.kept if finished else body)
     return Rendered(prompt_text, answers, False, [] if end.token_id is not None else eos)
 

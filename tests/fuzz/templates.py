@@ -186,6 +186,10 @@ TEMPLATES = Target(
     {
         "no messages": _case("bytes", CHATML, []),
         "no EOS, and a token over the border": _case("bytes, no eos", None, "It is 2. "),
+        "an end that lies inside the prompt": {
+            **_case("bytes", f"{LLAMA_2} "),
+            "answers": ["", "It is 2."],
+        },
         "1 / 0": _case("bytes", "{{ 1 / 0 }}"),
         "an unknown error handler": _case("bytes", "{{ 'x'.encode('idna', 'bad') }}"),
         "an empty separator": _case("bytes", "{{ messages[0].content.split('') }}"),

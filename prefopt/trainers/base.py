@@ -161,6 +161,10 @@ class CompleteCheckpoints(Trainer):
             self.control.should_training_stop = True
         return self.control.should_training_stop
 
+    def end_early(self, error: PrefoptError) -> None:
+        """Ends training at a safe point, with an error that says why."""
+        raise error
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves whole weights; under FSDP too, whatever form it keeps the state of training in."""
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

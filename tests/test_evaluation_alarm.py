@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_evaluation_in_training import ASKED, GREEDY, Said, evaluated, metrics, run
-from test_rounds import Graded, contents, fine, make_trainer, weights
+from test_evaluation_in_training import ASKED, GREEDY, Noisy, Said, metrics
+from test_rounds import Graded, fine, make_trainer, weights
 from test_rounds import equal as equal_weights
 
+from prefopt.data.rows import Prompt
 from prefopt.errors import PrefoptError
 from prefopt.evaluation import Evaluation, EvaluationTask
 from prefopt.evaluation_alarm import Judged, Watch, alarm_message, p_greater, watch
@@ -60,7 +60,8 @@ def test_the_p_value_by_hand() -> None:
 
 def test_a_fall_by_one_judge_with_a_rise_by_the_other_alarms() -> None:
     found = watch([judged(0, 0.5, 0.5), judged(1, 0.7, 0.8), judged(2, 0.6, 0.9)], planned=4)
-    assert found is not None and found.alarming
+    assert found is not None
+    assert found.alarming
     assert (found.since, found.held_out, found.training) == (
         1, pytest.approx((70, 60)), pytest.approx((80, 90)),
     )  # fmt: skip
@@ -84,15 +85,19 @@ def test_nothing_else_alarms(rates: list[tuple[float, float]]) -> None:
 
 def test_a_fall_below_the_start_needs_no_better_policy_in_between() -> None:
     found = watch([judged(0, 0.5, 0.5), judged(1, 0.4, 0.7)], planned=4)
-    assert found is not None and found.alarming and found.since == 0
+    assert found is not None
+    assert found.alarming
+    assert found.since == 0
 
 
 def test_the_level_is_shared_by_all_pairs_that_the_run_will_compare() -> None:
     fallen = [judged(0, 0.5, 0.5, prompts=16), judged(1, 0.4, 0.7, prompts=16)]
     few, many = watch(fallen, planned=2), watch(fallen, planned=40)
-    assert few is not None and many is not None
+    assert few is not None
+    assert many is not None
     assert few.p_fall == many.p_fall == pytest.approx(3.178 * 3.167e-5, rel=1e-3)  # z = 4
-    assert few.alarming and not many.alarming
+    assert few.alarming
+    assert not many.alarming
     assert many.level == pytest.approx(0.05 / 820)
 
 
@@ -103,7 +108,8 @@ def test_prompts_that_a_judge_could_not_read_say_nothing() -> None:
     assert watch([then, now], planned=2) is None
     now.held_out[PROMPTS // 2 :] = 0.1
     found = watch([then, now], planned=2)
-    assert found is not None and found.held_out == pytest.approx((90, 10))
+    assert found is not None
+    assert found.held_out == pytest.approx((90, 10))
 
 
 def test_the_chance_of_a_false_alarm_holds_where_the_held_out_judge_sees_no_change() -> None:
@@ -134,3 +140,106 @@ def test_the_message_says_who_saw_what() -> None:
     assert "answers from 40 to 88 characters and KL from 0.00 to 6.04 nats" in from_start
     del now["kl"]
     assert "KL" not in alarm_message(found, then, now)
+
+
+# --- in a run ------------------------------------------------------------------------------------
+
+
+class Listens(Graded):
+    """Judges samples by a rule, and says one thing of the answers in each evaluation."""
+
+    def __init__(self, *rates: float) -> None:
+        super().__init__(fine)
+        self.rates = list(rates)
+
+    def prefer(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+        if list(prompts) != ASKED:
+            return super().prefer(prompts, a, b)
+        return np.full(len(prompts), self.rates.pop(0))
+
+
+def watched(folder: Path, held_out: Judge, training: Judge, **options: Any) -> Evaluation:
+    """Three rounds, each evaluated on eight prompts; not yet trained."""
+    trainer = make_trainer(
+        folder / "checkpoints",
+        judge=training,
+        callbacks=[MetricsFile(folder / "metrics.jsonl")],
+        **{"rounds": 3, **options},
+    )
+    judge = (held_out, {"kind": "rule"})
+    task = EvaluationTask(ASKED, lambda trainer: judge, 1, GREEDY, watch=True)
+    return Evaluation(trainer, task, folder / "evaluations", "hash")
+
+
+def go_on(evaluation: Evaluation) -> None:
+    checkpoint = last_complete_checkpoint(Path(evaluation.trainer.args.output_dir))
+    at = None if checkpoint is None else str(checkpoint)
+    evaluation.trainer.train(resume_from_checkpoint=at)
+
+
+@pytest.mark.parametrize("save_strategy", ["epoch", "no"])
+def test_the_alarm_ends_a_run_and_ends_it_there_again(save_strategy: str, tmp_path: Path) -> None:
+    held_out, training = Said(0.8, 0.6), Listens(0.7, 0.9)
+    first = watched(tmp_path, held_out, training, save_strategy=save_strategy)
+    alarm = (
+        r"^over-optimisation: from round 1 to round 2 the win rate rose from 70.0 to 90.0 .* fell "
+        r"from 80.0 to 60.0 \(p = 0.007, alarm below 0.008\) .*The policy of round 1 was better\. "
+        r"Use a checkpoint .* guards.action=warn"
+    )
+    with pytest.raises(PrefoptError, match=alarm):
+        first.trainer.train()
+    again = watched(tmp_path, Said(), Listens(), save_strategy=save_strategy)
+    with pytest.raises(PrefoptError, match=alarm):
+        go_on(again)
+    assert again.trainer.state.global_step == first.trainer.state.global_step
+    assert equal_weights(weights(first.trainer.model), weights(again.trainer.model))
+    folder = tmp_path / "evaluations" / "0002"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["alarm"].startswith("over-optimisation: from round 1 to round 2")
+    assert result["training_win_rate"] == pytest.approx(90)
+    assert result["watch"]["since"] == 1
+    assert result["watch"]["level"] == pytest.approx(0.05 / 6)
+    rows = [json.loads(line) for line in (folder / "preferences.jsonl").open()]
+    assert {(row["preference"], row["training_preference"]) for row in rows} == {(0.6, 0.9)}
+    logged = [row for row in metrics(tmp_path) if "evaluation/alarm" in row]
+    assert [row["evaluation/alarm"] for row in logged] == [0, 1]
+    assert [row["evaluation/training_win_rate"] for row in logged] == pytest.approx([70, 90])
+
+
+def test_a_run_that_is_only_warned_goes_on_from_there(tmp_path: Path) -> None:
+    saved = {"save_strategy": "epoch"}
+    first = watched(tmp_path, Said(0.8, 0.6), Listens(0.7, 0.9), **saved)
+    with pytest.raises(PrefoptError, match="over-optimisation"):
+        first.trainer.train()
+    told: list[str] = []
+    second = watched(tmp_path, Said(0.9), Listens(0.9), **saved)
+    second.trainer.end_early = lambda error: told.append(str(error))  # type: ignore[method-assign]
+    go_on(second)
+    assert ["alarm" in each for each in second.finish()] == [False, True, False]
+    assert len(told) == 1
+
+
+def test_a_run_that_is_watched_ends_with_the_same_weights(tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path / "plain", rounds=3, disable_dropout=True)
+    plain.train()
+    evaluation = watched(tmp_path, Noisy(fine), Noisy(fine), disable_dropout=True)
+    evaluation.trainer.train()
+    assert all("watch" in each for each in evaluation.finish())
+    assert equal_weights(weights(plain.model), weights(evaluation.trainer.model))
+
+
+def test_an_alarm_at_the_end_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="prefopt")
+    evaluation = watched(tmp_path, Said(0.8, 0.8, 0.6), Listens(0.7, 0.7, 0.9))
+    evaluation.trainer.train()
+    assert "alarm" in evaluation.finish()[-1]
+    assert "over-optimisation: from round 1 to round 3" in caplog.text
+
+
+def test_a_judge_is_not_watched_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="prefopt")
+    judge = Graded(fine)
+    evaluation = watched(tmp_path, judge, judge)
+    evaluation.trainer.train()
+    assert all("training_win_rate" not in each for each in evaluation.finish())
+    assert caplog.text.count("over-optimisation is not watched") == 1

@@ -1,4 +1,4 @@
-"""Does the alarm fire in time: policies that game the length of their reward model, and honest ones.
+"""Does the alarm fire in time: policies that game the length of their reward model, honest ones.
 
 ``simulate`` counts false and right alarms on simulated judgements. ``train`` works in the generated
 world, once a seed: three reward models, of an annotator who also pays for length (``gamed``), of

@@ -25,9 +25,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import norm
 
 from prefopt.cli import quiet_libraries
-from prefopt.evaluation_alarm import Judged, watch
+from prefopt.evaluation_alarm import LEVEL, RADEMACHER, Judged, watch
 from prefopt.reward_models import load_judge
 from prefopt.rounds.store import json_lines, read_lines
 from prefopt.train import read_recipe, train
@@ -103,18 +104,32 @@ def _alarms(
     """
     draws = np.random.default_rng(0)
     time = np.arange(1, planned + 1) / planned
-    fired = 0
-    for _ in range(runs):
-        wobble = draws.normal(0, 0.1 if "wobbles" in name else 0, planned)
-        sides = []
-        for gain in (case(time)[0] + wobble, case(time)[1]):
-            luck = draws.normal(0, 0.7, (planned, prompts))
-            values = 1 / (1 + np.exp(-(gain[:, None] + draws.normal(0, 1, prompts) + luck)))
-            sides.append((draws.random(values.shape) < values).astype(float) if hard else values)
-        start = Judged(0, np.full(prompts, 0.5), np.full(prompts, 0.5))
-        rows = [start, *(Judged(n, *each) for n, each in enumerate(zip(*sides, strict=True), 1))]
-        fired += _first(rows, planned) is not None
-    return fired / runs
+    sides = []
+    for number, gain in enumerate(case(time)):
+        wobble = 0.1 if "wobbles" in name and number == 0 else 0.0
+        gains = gain + draws.normal(0, wobble, (runs, planned)) if wobble else gain
+        logits = np.broadcast_to(gains, (runs, planned))[..., None] + draws.normal(
+            0, 1, (runs, 1, prompts)
+        )
+        values = 1 / (1 + np.exp(-(logits + draws.normal(0, 0.7, logits.shape))))
+        if hard:
+            values = (draws.random(values.shape) < values).astype(float)
+        sides.append(np.concatenate([np.full((runs, 1, prompts), 0.5), values], axis=1))
+    held_out, training = sides
+    fired = np.zeros(runs, dtype=bool)
+    level = LEVEL / (planned * (planned + 1) / 2)
+    for now in range(1, planned + 1):
+        for then in range(now):
+            fall = _p_values(held_out[:, then] - held_out[:, now])
+            fired |= (fall < level) & (_p_values(training[:, now] - training[:, then]) < LEVEL)
+    return float(fired.mean())
+
+
+def _p_values(difference: FloatArray) -> FloatArray:
+    """`p_greater` of many runs at once, [runs]."""
+    size = np.sqrt(np.square(difference).sum(axis=1))
+    z = np.divide(difference.sum(axis=1), size, out=np.full(len(size), -np.inf), where=size > 0)
+    return np.minimum(1, RADEMACHER * norm.sf(z))
 
 
 def _first(rows: Sequence[Judged], planned: int) -> int | None:

@@ -438,8 +438,8 @@ class Evaluation:
         judged = [Judged(after, *self._preferences(after)) for after in earlier]
         if self.task.baseline is None:
             judged.insert(0, Judged(0, *np.full((2, len(self.prompt_ids)), 0.5)))
-        planned = math.ceil(len(self.trainer.plan) / self.task.every)
-        found = watch([*judged, now], planned)
+        assert isinstance(self.trainer, RoundTrainer)  # no other trainer asks a judge
+        found = watch([*judged, now], math.ceil(len(self.trainer.plan) / self.task.every))
         if found is None or not found.alarming:
             return {} if found is None else {"watch": asdict(found)}
         message = alarm_message(found, earlier.get(found.since), result)

@@ -23,7 +23,7 @@ from prefopt.rollout.engine import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
-ROUNDS, EVALUATED, A_ROUND = 12, 64, 48
+ROUNDS, EVALUATED, A_ROUND = 20, 192, 24
 PROMPTS = distinct_prompts(EVALUATED + ROUNDS * A_ROUND)
 
 
@@ -40,7 +40,7 @@ def gold(text: str) -> float:
 
 
 def gamed(text: str) -> float:
-    return 6 * nice(text.split()) + 0.08 * len(text.split())
+    return 6 * nice(text.split()) + 0.25 * len(text.split())
 
 
 def honest(text: str) -> float:
@@ -49,7 +49,7 @@ def honest(text: str) -> float:
 
 def held_out(text: str) -> float:
     words = text.split()
-    return 4 * nice(words) - 3 * too_long(words) + 2 * (number(text) / 2**32 - 0.5)
+    return 4 * nice(words) - 3 * too_long(words) + number(text) / 2**32 - 0.5
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def test_the_alarm_ends_training_before_gold_has_fallen_below_the_start(tmp_path
     start, *scores = found.gold
     assert len(found.alarms) == 1
     assert found.alarms == [len(scores)], "the last evaluation is the one that alarmed"
-    assert max(scores) > start + 0.2, "gold had risen"
+    assert max(scores) > start + 0.1, "gold had risen"
     assert scores[-1] < max(scores), "and was falling"
     assert scores[-1] >= start
 

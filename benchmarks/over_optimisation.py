@@ -28,7 +28,7 @@ import numpy as np
 from scipy.stats import norm
 
 from prefopt.cli import quiet_libraries
-from prefopt.evaluation_alarm import LEVEL, RADEMACHER, Judged, watch
+from prefopt.evaluation_alarm import LEAST, LEVEL, RADEMACHER, Judged, watch
 from prefopt.reward_models import load_judge
 from prefopt.rounds.store import json_lines, read_lines
 from prefopt.train import read_recipe, train
@@ -72,7 +72,7 @@ def simulate(runs: int = 300) -> dict[str, Any]:
         "both flat": lambda t: (0 * t, 0 * t),
         "held-out flat, training rises": lambda t: (0 * t, 1.5 * t),
         "held-out rises to half-time, then flat": lambda t: (1.6 * np.minimum(t, 0.5), 1.5 * t),
-        "held-out wobbles, training rises": lambda t: (0 * t, 1.5 * t),
+        "held-out wobbles by 1 point, training rises": lambda t: (0 * t, 1.5 * t),
         "both rise, then both fall": lambda t: (_tent(t), _tent(t)),
         "held-out rises and falls back": lambda t: (_tent(t), 1.5 * t),
     }
@@ -106,7 +106,7 @@ def _alarms(
     time = np.arange(1, planned + 1) / planned
     sides = []
     for number, gain in enumerate(case(time)):
-        wobble = 0.1 if "wobbles" in name and number == 0 else 0.0
+        wobble = 0.05 if "wobbles" in name and number == 0 else 0.0
         gains = gain + draws.normal(0, wobble, (runs, planned)) if wobble else gain
         logits = np.broadcast_to(gains, (runs, planned))[..., None] + draws.normal(
             0, 1, (runs, 1, prompts)
@@ -120,7 +120,7 @@ def _alarms(
     level = LEVEL / (planned * (planned + 1) / 2)
     for now in range(1, planned + 1):
         for then in range(now):
-            fall = _p_values(held_out[:, then] - held_out[:, now])
+            fall = _p_values(held_out[:, then] - held_out[:, now] - LEAST)
             fired |= (fall < level) & (_p_values(training[:, now] - training[:, then]) < LEVEL)
     return float(fired.mean())
 

@@ -126,7 +126,7 @@ class Evaluation:
             raise PrefoptError(f"eval.prompts: {error}") from error
         self.trainer, self.task, self.folder = trainer, task, folder
         self.unit = "round" if isinstance(trainer, RoundTrainer) else "epoch"
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "weights": weights,
             "prompts": digest(self.prompt_ids),
             "sampling": asdict(task.sampling),

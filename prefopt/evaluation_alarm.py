@@ -13,6 +13,7 @@ from scipy.stats import norm
 from prefopt.eval.win_rate import FloatArray
 
 LEVEL = 0.05  # of a false alarm in a whole run, and of the rise that has to go with a fall
+LEAST = 0.02  # of the win rate: what a policy may waver from one evaluation to the next
 RADEMACHER = 1 / (4 * norm.sf(math.sqrt(2)))  # 3.18
 
 NOT_WATCHED = (
@@ -48,7 +49,8 @@ class Watch:
     Attributes:
         since: Rounds before the earlier one.
         held_out: Win rate (0-100) by the held-out judge, then and now.
-        p_fall: One-sided, of the hypothesis that the held-out judge's has not fallen.
+        p_fall: One-sided, of the hypothesis that the held-out judge's has not fallen by more than
+            two points.
         training: Win rate by the judge of training, then and now.
         p_rise: One-sided, of the hypothesis that the judge of training's has not risen.
         level: What ``p_fall`` is held against.
@@ -72,7 +74,8 @@ def watch(evaluations: Sequence[Judged], planned: int) -> Watch | None:
 
     A run of n evaluations and its start compares up to n (n + 1) / 2 pairs; a fall counts at the
     level 0.05 over that number. So in a run in which the held-out judge's win rate never truly
-    falls the chance of any alarm is at most 5 %, however often one looks (Bonferroni). The rise
+    falls by more than two points the chance of any alarm is at most 5 %, however often one looks
+    (Bonferroni). Without the two points many prompts would tell how a policy wavers. The rise
     that has to go with it says what kind of fall it is, and counts at 0.05.
 
     Args:
@@ -100,7 +103,7 @@ def _compare(then: Judged, now: Judged, level: float) -> Watch | None:
     return Watch(
         since=then.after,
         held_out=(rates[0], rates[1]),
-        p_fall=p_greater(held_out_then - held_out_now),
+        p_fall=p_greater(held_out_then - held_out_now - LEAST),
         training=(rates[2], rates[3]),
         p_rise=p_greater(training_now - training_then),
         level=level,

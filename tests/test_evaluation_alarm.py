@@ -73,6 +73,7 @@ def test_a_fall_by_one_judge_with_a_rise_by_the_other_alarms() -> None:
     [
         [(0.5, 0.5), (0.6, 0.7), (0.7, 0.8)],  # both rise
         [(0.5, 0.5), (0.7, 0.8), (0.6, 0.7)],  # both fall: no over-optimisation
+        [(0.5, 0.5), (0.7, 0.8), (0.685, 0.9)],  # a fall of less than two points may be a waver
         [(0.5, 0.5), (0.7, 0.8), (0.7, 0.9)],  # what the held-out judge does not see
         [(0.5, 0.5), (0.7, 0.8), (0.6, 0.8)],  # a fall that training's own judge does not pay for
         [(0.5, 0.5)],

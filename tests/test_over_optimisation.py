@@ -23,7 +23,7 @@ from prefopt.rollout.engine import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
-ROUNDS, EVALUATED, A_ROUND = 20, 192, 24
+ROUNDS, EVALUATED, A_ROUND = 20, 192, 48
 PROMPTS = distinct_prompts(EVALUATED + ROUNDS * A_ROUND)
 
 
@@ -40,7 +40,7 @@ def gold(text: str) -> float:
 
 
 def gamed(text: str) -> float:
-    return 6 * nice(text.split()) + 0.25 * len(text.split())
+    return 6 * nice(text.split()) + 0.15 * len(text.split())
 
 
 def honest(text: str) -> float:
@@ -75,7 +75,7 @@ def optimised(reward: Callable[[str], float], seed: int, folder: Path, stop: boo
         beta=0.03,
         learning_rate=5e-3,
         seed=seed,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=16,
         logging_steps=ROUNDS * A_ROUND,
     )
     judge = (Graded(held_out), {"kind": "rule"})
@@ -111,7 +111,7 @@ def test_the_alarm_ends_training_before_gold_has_fallen_below_the_start(tmp_path
     start, *scores = found.gold
     assert len(found.alarms) == 1
     assert found.alarms == [len(scores)], "the last evaluation is the one that alarmed"
-    assert max(scores) > start + 0.1, "gold had risen"
+    assert max(scores) > start + 0.2, "gold had risen"
     assert scores[-1] < max(scores), "and was falling"
     assert scores[-1] >= start
 

@@ -73,7 +73,7 @@ def optimised(reward: Callable[[str], float], seed: int, folder: Path, stop: boo
         rounds=ROUNDS,
         num_train_epochs=1,
         beta=0.03,
-        learning_rate=5e-3,
+        learning_rate=3e-3,
         seed=seed,
         per_device_train_batch_size=16,
         logging_steps=ROUNDS * A_ROUND,
@@ -106,7 +106,7 @@ def outcome(folder: Path) -> Outcome:
 
 
 def test_the_alarm_ends_training_before_gold_has_fallen_below_the_start(tmp_path: Path) -> None:
-    """Twenty seconds on a core of one's own: a policy has to learn first what it then overdoes."""
+    """Some thirty seconds on a core of one's own: a policy has to learn first what it then overdoes."""
     found = optimised(gamed, seed=0, folder=tmp_path, stop=True)
     start, *scores = found.gold
     assert len(found.alarms) == 1
@@ -117,7 +117,7 @@ def test_the_alarm_ends_training_before_gold_has_fallen_below_the_start(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_what_a_warning_would_have_led_to(seed: int, tmp_path: Path) -> None:
     found = optimised(gamed, seed, tmp_path, stop=False)
     start, *scores = found.gold
@@ -126,7 +126,7 @@ def test_what_a_warning_would_have_led_to(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_an_honest_reward_alarms_nobody(seed: int, tmp_path: Path) -> None:
     found = optimised(honest, seed, tmp_path, stop=False)
     assert found.alarms == []

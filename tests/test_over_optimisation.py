@@ -106,7 +106,7 @@ def outcome(folder: Path) -> Outcome:
 
 
 def test_the_alarm_ends_training_before_gold_has_fallen_below_the_start(tmp_path: Path) -> None:
-    """Some thirty seconds on a core of one's own: a policy has to learn first what it then overdoes."""
+    """Eighteen seconds: a policy has to learn first what it then overdoes."""
     found = optimised(gamed, seed=0, folder=tmp_path, stop=True)
     start, *scores = found.gold
     assert len(found.alarms) == 1

@@ -38,6 +38,12 @@ class Evaluation:
         value = self.result.get(key)
         return value if is_number(value) else None
 
+    @property
+    def alarm(self) -> str | None:
+        """The alarm that it raised, in words."""
+        alarm = self.result.get("alarm")
+        return alarm if isinstance(alarm, str) else None
+
     def rate(self, x: float) -> Rate:
         """The win rate at some place of a plot's horizontal axis."""
         return Rate(self.result["win_rate"], interval(self.result), x, self.after)

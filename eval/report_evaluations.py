@@ -49,8 +49,8 @@ def evaluation_part(
 
     Returns:
         `head` and `rows` of the table of last evaluations, `notes` on what is missing there,
-        `warnings` on why win rates must not be compared, `figures` (caption, plot), and for each
-        run the table of all its evaluations, `histories`.
+        `warnings` on why win rates must not be compared, `alarms`, `figures` (caption, plot), and
+        for each run the table of all its evaluations, `histories`.
     """
     known = {name: run_row(runs[name], evaluations[name]) for name in runs}
     warnings = differences(runs, evaluations)
@@ -61,6 +61,7 @@ def evaluation_part(
         "rows": {name: [cell(key, row, "missing") for key in kept] for name, row in known.items()},
         "notes": [*early_ends(known), *missing(known)],
         "warnings": warnings,
+        "alarms": alarms(evaluations),
         "figures": [] if warnings else _figures(known, evaluations, styles),
         "histories": {name: _history(found) for name, found in evaluations.items() if found},
     }
@@ -73,6 +74,15 @@ def early_ends(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, row in rows.items()
         if "stopped" in row
     ]
+
+
+def alarms(evaluations: Mapping[str, Sequence[Evaluation]]) -> list[str]:
+    """The first alarm of each run that had one."""
+    first = {
+        name: next((each.alarm for each in found if each.alarm is not None), None)
+        for name, found in evaluations.items()
+    }
+    return [f"{name}: {clip(alarm, MAX_CELL)}." for name, alarm in first.items() if alarm]
 
 
 def missing(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -151,13 +161,19 @@ def _path(evaluations: Sequence[Evaluation], key: str) -> list[plots.Rate]:
 def _history(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """All evaluations of a run as a table, and by whom they were judged."""
     keys = ("wins", "ties", "losses", "prompts", "mean_length", "baseline_mean_length")
-    head = ["after", "step", "win rate, %", "length-controlled, %", "KL, nats", *map(label, keys)]
+    watched = any(each.number("training_win_rate") is not None for each in evaluations)
+    head = [
+        *("after", "step", "win rate, %", "length-controlled, %"),
+        *(["by the judge of training, %"] if watched else []),
+        *("KL, nats", *map(label, keys)),
+    ]
     rows = [
         [
-            each.after,
+            f"{each.after} (alarm)" if each.alarm is not None else each.after,
             number(each.result.get("step")),
             cell("win_rate", each.result),
             number(lc_win_rate(each)),
+            *([number(each.number("training_win_rate"))] if watched else []),
             number(each.kl),
             *(number(each.result.get(key)) for key in keys),
         ]

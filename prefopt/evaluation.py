@@ -32,6 +32,7 @@ from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.eval.head_to_head import head_to_head
 from prefopt.eval.win_rate import FloatArray
+from prefopt.evaluation_alarm import NOT_WATCHED, WHAT_TO_TRY, Judged, alarm_message, watch
 from prefopt.evaluation_kl import KL_PROMPTS, kl_from_start, measures_kl
 from prefopt.evaluation_stop import reason_to_stop
 from prefopt.generate import completion_row
@@ -73,6 +74,8 @@ class EvaluationTask:
         baseline_name: Where ``baseline`` comes from.
         stop_on_drop: Training ends where the win rate is so many points below its best so far, the
             start's included, and `paired_comparison` says that the fall is no noise.
+        watch: Ends training where its own judge is pleased more and more and the judge of
+            evaluations, if it is another, less and less.
         load_start: Loads the policy that training begins with; with it, the KL from it is measured.
         batch_size: Answers generated at a time.
     """
@@ -84,6 +87,7 @@ class EvaluationTask:
     baseline: Sequence[str] | None = None
     baseline_name: str = "start"
     stop_on_drop: float | None = None
+    watch: bool = False
     load_start: Callable[[], PreTrainedModel] | None = None
     batch_size: int = 64
 
@@ -128,7 +132,7 @@ class Evaluation:
             raise PrefoptError(f"eval.prompts: {error}") from error
         self.trainer, self.task, self.folder = trainer, task, folder
         self.unit = "round" if isinstance(trainer, RoundTrainer) else "epoch"
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "weights": weights,
             "prompts": digest(self.prompt_ids),
             "sampling": asdict(task.sampling),
@@ -136,6 +140,7 @@ class Evaluation:
         }
         self.last: int | None = None  # the number of rounds or epochs that was evaluated last
         self.stopped: str | None = None  # why training was ended
+        self.watched: Judge | None = None  # the judge of training, where it can be compared
         trainer.evaluator = self
         trainer.add_callback(_BeforeTraining(self))
 
@@ -158,7 +163,9 @@ class Evaluation:
                 "step, and are gone; restore the file, or delete the run folder to begin again"
             )
         with undisturbed():
-            self.facts["judge"] = self._load_judge()[1]
+            judge, self.facts["judge"] = self._load_judge()
+        self.watched = self._judge_to_watch(judge)
+        del judge
         _free()
         self._check_facts()
         if self.task.baseline is None:
@@ -172,6 +179,17 @@ class Evaluation:
         if not resumed:
             self.evaluate(0)
 
+    def _judge_to_watch(self, judge: Judge) -> Judge | None:
+        """The judge that training asks, if it is to be watched and is not the evaluations'."""
+        trainer = self.trainer
+        if not (self.task.watch and isinstance(trainer, RoundTrainer) and trainer.judge):
+            return None
+        weights = trainer.facts["judge's weights"]
+        if judge is trainer.judge or (weights and weights == self.facts["judge"].get("weights")):
+            logger.warning(NOT_WATCHED, "eval.judge is the judge that training asks")
+            return None
+        return trainer.judge
+
     def _check_facts(self) -> None:
         """Writes down what all evaluations depend on, or compares it with what is there."""
         path = self.folder / "start.json"
@@ -181,17 +199,27 @@ class Evaluation:
         """Evaluates where it is due; True where training is to end."""
         if done % self.task.every:
             return False
-        self.evaluate(done)
+        result = self.evaluate(done)
         self.stopped = self._reason_to_stop(done)
         if self.stopped is not None:
             logger.warning("training ends: %s", self.stopped)
+        elif "alarm" in result and self.watched is not None:
+            self._raise_alarm(f"{result['alarm']}. {WHAT_TO_TRY}", result["watch"])
         return self.stopped is not None
+
+    def _raise_alarm(self, message: str, numbers: dict[str, Any]) -> None:
+        """Leaves to the guards what is to be done; without any, training ends."""
+        watcher = getattr(self.trainer, "watcher", None)
+        if watcher is None:
+            self.trainer.end_early(PrefoptError(message))
+        else:
+            watcher.found("over_optimisation", numbers["p_fall"], numbers["level"], message)
 
     def finish(self) -> list[dict[str, Any]]:
         """Evaluates the policy that training ended with, and returns all results in order."""
         done = self._begun()
-        if done != self.last and done:
-            self.evaluate(done)
+        if done != self.last and done and (alarm := self.evaluate(done).get("alarm")):
+            logger.warning("%s", alarm)
         return self._results(done)
 
     def _begun(self) -> int:
@@ -204,8 +232,8 @@ class Evaluation:
 
     # --- an evaluation ---------------------------------------------------------------------------
 
-    def evaluate(self, done: int) -> None:
-        """Makes an evaluation, or reads it where it is on disk, and logs it.
+    def evaluate(self, done: int) -> dict[str, Any]:
+        """Makes an evaluation, or reads it where it is on disk, logs it and returns its result.
 
         Args:
             done: Rounds or epochs so far.
@@ -237,7 +265,11 @@ class Evaluation:
         }
         if "kl" in result:
             values["evaluation/kl"] = result["kl"]
+        if "training_win_rate" in result:
+            values["evaluation/training_win_rate"] = result["training_win_rate"]
+            values["evaluation/alarm"] = float("alarm" in result)
         Trainer.log(self.trainer, values)  # a subclass's would add averages of the steps so far
+        return result
 
     def _make(self, done: int, folder: Path) -> None:
         measured = self.task.load_start is not None and measures_kl(self.trainer)
@@ -245,11 +277,16 @@ class Evaluation:
         texts = self._answer(folder / "answers.jsonl", samples)
         baseline = [row["completion"] for row in read_lines(self.folder / "baseline.jsonl")]
         preferences = self._judge(texts, baseline)
-        rows = [
-            {"prompt": index, "preference": None if math.isnan(value) else value}
-            for index, value in enumerate(preferences.tolist())
-        ]
-        result = {
+        columns = {"preference": preferences}
+        if self.watched is not None:
+            with undisturbed():
+                told = self._prefer(self.watched, {"kind": "of training"}, texts, baseline)
+            columns["training_preference"] = told
+        rows: list[dict[str, Any]] = [{"prompt": index} for index in range(len(texts))]
+        for name, values in columns.items():
+            for row, value in zip(rows, values.tolist(), strict=True):
+                row[name] = None if math.isnan(value) else value
+        result: dict[str, Any] = {
             "after": done,
             "unit": self.unit,
             "step": self.trainer.state.global_step,
@@ -258,6 +295,9 @@ class Evaluation:
             "judge": self.facts["judge"],
             "baseline": self.task.baseline_name,
         }
+        if self.watched is not None:
+            result["training_win_rate"] = 100 * float(told.mean())
+            result |= self._watch(Judged(done, preferences, told), result)
         self._write(folder / "preferences.jsonl", json_lines(rows))
         self._write(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
@@ -346,6 +386,11 @@ class Evaluation:
                 f"{self.folder}: found the judge {record}, but earlier evaluations were made with "
                 f"{self.facts['judge']} and would not compare; restore it"
             )
+        return self._prefer(judge, record, texts, baseline)
+
+    def _prefer(
+        self, judge: Judge, record: dict[str, Any], texts: Sequence[str], baseline: Sequence[str]
+    ) -> FloatArray:
         own = self._share(len(texts))
         if record["kind"] == "api":
             own = list(range(len(texts))) if self._is_main else []
@@ -370,7 +415,7 @@ class Evaluation:
         if self.task.stop_on_drop is None:
             return None
         results = self._results(done)
-        found = [(result, self._preferences(result["after"])) for result in results]
+        found = [(result, self._preferences(result["after"])[0]) for result in results]
         if self.task.baseline is None:  # over itself the start wins half of the time
             start = {"after": 0, "unit": self.unit, "win_rate": 50.0}
             found.insert(0, (start, np.full(len(self.prompt_ids), 0.5)))
@@ -383,8 +428,23 @@ class Evaluation:
         return sorted((r for r in found if r["after"] <= done), key=lambda r: r["after"])
 
     def _preferences(self, done: int) -> FloatArray:
+        """[2, prompts]: of the judge of evaluations, and of that of training, NaN if not asked."""
         rows = read_lines(self.folder / f"{done:04d}" / "preferences.jsonl", WITHOUT)
-        return np.array([row["preference"] for row in rows], dtype=np.float64)
+        names = ("preference", "training_preference")
+        return np.array([[row.get(name) for row in rows] for name in names], dtype=np.float64)
+
+    def _watch(self, now: Judged, result: dict[str, Any]) -> dict[str, Any]:
+        """What two judges say of an evaluation and of those before it, for its result."""
+        earlier = {each["after"]: each for each in self._results(now.after - 1)}
+        judged = [Judged(after, *self._preferences(after)) for after in earlier]
+        if self.task.baseline is None:
+            judged.insert(0, Judged(0, *np.full((2, len(self.prompt_ids)), 0.5)))
+        assert isinstance(self.trainer, RoundTrainer)  # no other trainer asks a judge
+        found = watch([*judged, now], math.ceil(len(self.trainer.plan) / self.task.every))
+        if found is None or not found.alarming:
+            return {} if found is None else {"watch": asdict(found)}
+        message = alarm_message(found, earlier.get(found.since), result)
+        return {"watch": asdict(found), "alarm": message}
 
     # --- processes -------------------------------------------------------------------------------
 

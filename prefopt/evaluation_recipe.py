@@ -17,6 +17,7 @@ from prefopt.data.rows import Prompt, prompt_text
 from prefopt.errors import PrefoptError
 from prefopt.eval.answers import read_answers, read_prompts
 from prefopt.evaluation import EvaluationTask
+from prefopt.evaluation_alarm import NOT_WATCHED
 from prefopt.judge import Judge
 from prefopt.models.load import load_tokenizer, loaded_whole
 from prefopt.recipe import EvalJudgeSection, EvalSection, Recipe
@@ -59,6 +60,8 @@ def read_evaluation(recipe: Recipe) -> EvaluationData | None:
     """
     section = recipe.eval
     if section is None:
+        if recipe.guards.over_optimisation and asks_in_training(recipe):
+            logger.info(NOT_WATCHED, "the recipe has no section eval")
         return None
     if recipe.trainer.algorithm in NO_POLICY:
         logger.info("eval is not used by %s", recipe.trainer.algorithm)
@@ -128,12 +131,14 @@ def check_evaluation_judge(recipe: Recipe) -> None:
         load_tokenizer(str(judge.path))
     except PrefoptError as error:
         raise PrefoptError(f"eval.judge.path: {error}") from error
-    if trains_with(recipe):
+    if same_judge(recipe):
         logger.warning(
             "eval.judge: %s is the judge that training asks too; its win rates are optimistic, "
             "since the policy learns to please it",
             judge.path,
         )
+        if recipe.guards.over_optimisation:
+            logger.warning(NOT_WATCHED, "eval.judge is the judge that training asks")
 
 
 def judge_section(recipe: Recipe) -> EvalJudgeSection:
@@ -154,16 +159,29 @@ def judge_section(recipe: Recipe) -> EvalJudgeSection:
     return EvalJudgeSection(kind=judge.kind, path=judge.path, dtype=judge.dtype)
 
 
-def trains_with(recipe: Recipe) -> bool:
-    """Whether the judge of evaluations is the one that training asks."""
+def asks_in_training(recipe: Recipe) -> bool:
+    """Whether training asks the recipe's judge."""
     from prefopt.trainers import TRAINERS
 
-    asks = getattr(TRAINERS[recipe.trainer.algorithm][0], "asks", ())
+    trainer = TRAINERS.get(recipe.trainer.algorithm)
+    return (
+        recipe.judge is not None and trainer is not None and bool(getattr(trainer[0], "asks", ()))
+    )
+
+
+def same_judge(recipe: Recipe) -> bool:
+    """Whether the judge of evaluations is the one that training asks, in whatever precision."""
     judge, own = recipe.judge, judge_section(recipe)
-    if not asks or judge is None:
+    if judge is None or not asks_in_training(recipe):
         return False
     same_path = os.path.abspath(str(own.path)) == os.path.abspath(judge.path)
-    return same_path and (own.kind, own.dtype) == (judge.kind, judge.dtype)
+    return same_path and own.kind == judge.kind
+
+
+def trains_with(recipe: Recipe) -> bool:
+    """Whether evaluations take the very judge that training asks, as it is loaded there."""
+    dtype = judge_section(recipe).dtype
+    return same_judge(recipe) and recipe.judge is not None and dtype == recipe.judge.dtype
 
 
 def load_for_evaluation(recipe: Recipe, trainer: Trainer) -> tuple[Judge, dict[str, Any]]:
@@ -233,6 +251,7 @@ def evaluation_task(
         baseline=data.baseline,
         baseline_name=section.baseline or "start",
         stop_on_drop=section.stop_on_drop,
+        watch=recipe.guards.over_optimisation and not same_judge(recipe),
         batch_size=recipe.rollout.batch_size,
     )
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from prefopt.check import check
 from prefopt.errors import PrefoptError
-from prefopt.evaluation_recipe import read_evaluation_data, trains_with
+from prefopt.evaluation_recipe import read_evaluation, read_evaluation_data, trains_with
 from prefopt.models.load import load_reward_model
 from prefopt.recipe import EvalSection, load_recipe
 from prefopt.reward_models import load_judge
@@ -161,6 +161,40 @@ def test_the_judge_that_training_asks_judges_unless_another_is_named(
     assert own[0]["win_rate"] != shared[0]["win_rate"]
     rounds = lines(tmp_path / "own" / "evaluations" / "0001" / "answers.jsonl")
     assert rounds == lines(tmp_path / "shared" / "evaluations" / "0001" / "answers.jsonl")
+
+
+def test_the_judge_of_training_is_asked_too_where_it_is_another(
+    recipe: Path, judges: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    online = [
+        "trainer.algorithm=online_dpo", "trainer.rounds=1", "trainer.num_train_epochs=1",
+        f"judge={{kind: reward_model, path: {judges['another']}}}",
+    ]  # fmt: skip
+    caplog.set_level(logging.INFO, logger="prefopt")
+    not_watched = "over-optimisation is not watched"
+    (result,) = run(recipe, *online)["evaluations"]
+    assert not_watched not in caplog.text
+    folder = tmp_path / "run" / "evaluations"
+    ours, theirs = (lines(folder / name) for name in ("0001/answers.jsonl", "baseline.jsonl"))
+    expected = load_judge("reward_model", str(judges["another"])).prefer(
+        [row["prompt"] for row in ours],
+        *([row["completion"] for row in side] for side in (ours, theirs)),
+    )
+    rows = lines(folder / "0001" / "preferences.jsonl")
+    assert [row["training_preference"] for row in rows] == pytest.approx(expected, abs=1e-6)
+    assert result["training_win_rate"] == pytest.approx(100 * np.mean(expected))
+    run(recipe, *online, "guards.over_optimisation=false", f"run_dir={tmp_path}/off")
+    first = lines(tmp_path / "off" / "evaluations" / "0001" / "preferences.jsonl")[0]
+    assert first.keys() == {"prompt", "preference"}
+    assert not_watched not in caplog.text
+    read_evaluation(read_recipe(recipe, [*online, "eval=null"]))
+    assert f"{not_watched}: the recipe has no section eval" in caplog.text
+    caplog.clear()
+    read_evaluation(read_recipe(recipe, [*online, "eval.judge=null"]))
+    assert f"{not_watched}: eval.judge is the judge that training asks" in caplog.text
+    caplog.clear()
+    read_evaluation(read_recipe(recipe, ["eval=null"]))  # DPO asks no judge that could be gamed
+    assert not_watched not in caplog.text
 
 
 def test_a_preference_model_judges_too(recipe: Path, judges: dict[str, Path]) -> None:

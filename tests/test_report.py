@@ -397,6 +397,23 @@ def test_evaluations_of_a_run(tmp_path):
     assert len(figures(text)) == len(names)
 
 
+def test_an_alarm_is_told_and_marks_its_evaluation(tmp_path):
+    folder = evaluated(tmp_path / "run", rates=(65.0, 60.0, 55.0))
+    _, page = report(folder)
+    assert "alarm" not in page.text
+    for index in (2, 3):
+        path = folder / "evaluations" / f"{index:04d}" / "result.json"
+        said = {"alarm": f"over-optimisation {index} {HOSTILE}", "training_win_rate": 90.0 + index}
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    text, page = report(folder)
+    assert f"run: over-optimisation 2 {HOSTILE}." in page.text
+    assert "over-optimisation 3" not in page.text
+    assert HOSTILE not in text
+    assert "round 2 (alarm)" in page.text
+    assert "by the judge of training, %" in page.text
+    assert "92.0" in page.text
+
+
 def test_answers_of_an_evaluation_stand_beside_the_baselines(tmp_path):
     folder = evaluated(tmp_path / "run", rates=(60.0,), answers=(HOSTILE,))
     text, page = report(folder)

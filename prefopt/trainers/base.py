@@ -120,7 +120,7 @@ class Evaluator(Protocol):
     def after(self, done: int) -> bool:
         """Runs when so many epochs or rounds are done and saved; True ends training.
 
-        For an end with an error it calls ``end_early`` of the trainer.
+        To end it with an error, it calls the trainer's ``end_early``.
         """
         ...
 

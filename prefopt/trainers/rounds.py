@@ -84,8 +84,8 @@ class OpenRound:
         return self.start + self.steps
 
 
-class SampleWatcher(Protocol):
-    """Looks at the samples of each round."""
+class Watcher(Protocol):
+    """Looks at the samples of each round, and hears of what other guards find."""
 
     def after_sampling(self, report: Mapping[str, Any], begins: bool) -> None:
         """Runs when a round is on disk; to end training before it, it calls ``end_early``.
@@ -93,6 +93,17 @@ class SampleWatcher(Protocol):
         Args:
             report: The round's ``round.json``.
             begins: False for a round that an earlier process has begun to train on.
+        """
+        ...
+
+    def found(self, guard: str, value: float, bound: float | None, message: str) -> None:
+        """Does what is to be done where another guard has found something.
+
+        Args:
+            guard: Its name.
+            value: What was seen.
+            bound: What was expected at most, or at least.
+            message: What was seen, where, and what to try.
         """
         ...
 
@@ -120,7 +131,7 @@ class RoundTrainer(TreeTrainer):
     """
 
     config: type[RoundConfig] = RoundConfig
-    watcher: SampleWatcher | None = None
+    watcher: Watcher | None = None
 
     def __init__(
         self,

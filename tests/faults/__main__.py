@@ -11,6 +11,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,23 @@ BEGUN = time.perf_counter()
 
 import torch  # noqa: E402
 
-from faults import kills, table  # noqa: E402
+from faults import corruption, disk, kills, lock, table  # noqa: E402
 from faults.runs import CASES, Bench, prepare, run_whole  # noqa: E402
+from prefopt.cli import quiet_libraries  # noqa: E402
 from prefopt.run_folder import environment  # noqa: E402
 
 IMPORTS = time.perf_counter() - BEGUN
 ROOT = Path(__file__).parents[2]
-KINDS: dict[str, Any] = {"kills": kills}
+KINDS: dict[str, Any] = {
+    "kills": kills,
+    "disk": disk,
+    "corruption": corruption,
+    "lock": lock,
+}
+if find_spec("fuzz_targets"):
+    from faults import fuzzing
+
+    KINDS["fuzzing"] = fuzzing
 LANES = 2  # processes at a time that faults are injected into
 
 
@@ -32,6 +43,7 @@ def main() -> int:
     """Injects what is asked for; 1 if anything was lost."""
     options = parse()
     torch.set_num_threads(1)
+    quiet_libraries()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="faults-", dir=options.folder) as folder:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+
+from run_folders import Stamp, phase, stamps
 
 from faults.runs import (
     Bench,
@@ -19,13 +22,10 @@ from faults.runs import (
     leftovers,
     lines_of_log,
     random_moment,
-    remove,
+    step_of_checkpoint,
     trainer_of,
 )
 from faults.table import Event, Fault, counts, fault, phases
-from run_folders import Stamp, phase, stamps
-
-from prefopt.trainers.base import last_complete_checkpoint
 
 PREEMPTED = 75
 KILLS = 15  # of each case on each clock
@@ -42,8 +42,9 @@ def jobs(bench: Bench, scale: float) -> list[Callable[[], list[Event]]]:
             for kind, number in (("SIGKILL", KILLS), ("SIGTERM", PREEMPTIONS)):
                 times = round(number * scale)
                 found.append(partial(series, bench, case, kind, clock, times))
-    times = round(FROM_THE_SHELL * scale)
-    found += [partial(series, bench, case, "command line", "time", times) for case in SHELL_CASES if case in bench.whole]
+    for case in [case for case in SHELL_CASES if case in bench.whole]:
+        times = round(FROM_THE_SHELL * scale)
+        found.append(partial(series, bench, case, "command line", "time", times))
     return found
 
 
@@ -96,7 +97,7 @@ def until_done(
         ended = process.wait()
         if ended.code == 0:
             break
-        at = phase(run, process.began, bench.whole[case].run) if run.exists() else "loading"
+        at = phase(run, process.began, bench.whole[case].run)
         kept = stamps(run)
         lost = [f"{name} was made again" for name in known if kept.get(name) != known[name]]
         lost += end_of(kind, ended, run, at, reached)
@@ -105,7 +106,7 @@ def until_done(
     if ended is None or ended.code:
         ended = bench.finish(case, run)
     if not found:  # its moments all came too late
-        remove(run)
+        shutil.rmtree(run)
         return []
     lost = [] if ended.code else differences(run, bench.whole[case].run) + leftovers(run)
     if ended.code:
@@ -113,7 +114,7 @@ def until_done(
     kept = stamps(run)
     lost += [f"{name} was made again" for name in known if kept.get(name) != known[name]]
     if not any(lost) and not any(event.lost for event in found):
-        remove(run)
+        shutil.rmtree(run)
     found[-1] = replace(found[-1], lost=(*found[-1].lost, *lost))
     return found
 
@@ -124,7 +125,7 @@ def begin(
     """Starts a run and waits for a random moment; says whether that came before its end."""
     whole = bench.whole[case]
     if kind == "command line":
-        process = command_line(bench.command(case, run), run)
+        process = command_line(bench.command(case, run), bench.log(run))
         return process, process.reach(Moment(chance.uniform(0, bench.imports + whole.seconds)))
     moment = random_moment(chance, whole, clock)
     process = bench.start(case, run, moment.write)
@@ -142,8 +143,7 @@ def end_of(kind: str, ended: Ended, run: Path, at: str, reached: bool) -> list[s
     if ended.code != PREEMPTED:
         return [f"expected exit {PREEMPTED} after SIGTERM: {ended}"]
     steps = [line["step"] for line in lines_of_log(run) if "loss" in line]
-    last = last_complete_checkpoint(run / "checkpoints")
-    saved = 0 if last is None else int(last.name.rsplit("-", 1)[1])
+    saved = step_of_checkpoint(run)
     if steps and saved != max(steps):
         return [f"step {max(steps)} was taken but the checkpoint is of step {saved}"]
     return []

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import select
-import shutil
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from prefopt.cli import main
 from prefopt.models.load import load_reward_model
 from prefopt.rounds.store import read_lines
+from prefopt.trainers.base import last_complete_checkpoint
 from prefopt.world import build_world
 from prefopt.world.tokenizer import world_tokenizer
 
@@ -139,7 +139,13 @@ class Bench:
 
     def start(self, case: str, run: Path, watch: int = 0) -> Run:
         """Starts a run, or goes on with it; see :func:`fork`."""
-        return fork(self.command(case, run), run, watch)
+        return fork(self.command(case, run), run, self.log(run), watch)
+
+    def log(self, run: Path) -> Path:
+        """A new file for what a process of a run says; never on a disk that fills up."""
+        folder = self.folder / "logs"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{'-'.join(run.relative_to(self.folder).parts)}-{time.monotonic_ns()}"
 
     def finish(self, case: str, run: Path) -> Ended:
         """Starts a run, or goes on with it, and waits for its end."""
@@ -258,16 +264,15 @@ class Run:
         self.wait()
 
 
-def fork(words: list[str], run: Path, watch: int = 0) -> Run:
+def fork(words: list[str], run: Path, log: Path, watch: int = 0) -> Run:
     """Runs ``prefopt`` in a process of its own.
 
     Args:
         words: What follows ``prefopt`` on the command line.
-        run: The run folder; what the process says on stderr lies beside it.
+        run: The run folder.
+        log: The file for what the process says.
         watch: The write, from 1, that the process tells of; 0: none, and it tells how many it made.
     """
-    run.parent.mkdir(parents=True, exist_ok=True)
-    log = run.with_name(f"{run.name}.{time.monotonic_ns()}.stderr")
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -339,10 +344,8 @@ def run_whole(bench: Bench, case: str) -> Whole:
     return Whole(run, ended.seconds, writes)
 
 
-def command_line(words: list[str], run: Path) -> Run:
+def command_line(words: list[str], log: Path) -> Run:
     """Runs ``python -m prefopt``: imports and all, and its own order of hashed strings."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    log = run.with_name(f"{run.name}.{time.monotonic_ns()}.stderr")
     arguments = [sys.executable, "-m", "prefopt", *words]
     outputs = [
         (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
@@ -394,8 +397,7 @@ def leftovers(run: Path) -> list[str]:
     return sorted(str(p.relative_to(run)) for p in run.rglob("*") if is_partial(p.name))
 
 
-def remove(run: Path) -> None:
-    """Removes a run folder and what its processes said."""
-    shutil.rmtree(run, ignore_errors=True)
-    for log in run.parent.glob(f"{run.name}.*.stderr"):
-        log.unlink()
+def step_of_checkpoint(run: Path) -> int:
+    """The step of the last complete checkpoint; 0 without one."""
+    last = last_complete_checkpoint(run / "checkpoints")
+    return 0 if last is None else int(last.name.rsplit("-", 1)[1])

@@ -24,6 +24,7 @@ class Event:
         phase: What the run was at.
         outcome: What the run made of it.
         lost: What was lost, line by line; must be empty.
+        count: How many faults this stands for.
     """
 
     kind: str
@@ -31,11 +32,12 @@ class Event:
     phase: str
     outcome: str
     lost: tuple[str, ...] = ()
+    count: int = 1
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A row of the table: a kind of fault, how often it was injected, how often something was lost."""
+    """A row of the table: how often a fault was injected, and how often something was lost."""
 
     name: str
     injected: int

@@ -36,8 +36,12 @@ def is_partial(path: Path | str) -> bool:
 
 
 def complete(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but half-written ones."""
-    return {name: data for name, data in contents(folder).items() if not is_partial(name)}
+    """Every file below a folder but half-written ones, and damaged ones that were set aside."""
+    return {
+        name: data
+        for name, data in contents(folder).items()
+        if not is_partial(name) and not name.endswith(".corrupt")
+    }
 
 
 def modified(path: Path) -> int:
@@ -60,7 +64,9 @@ def written_once(run: Path) -> list[Path]:
         *run.glob("rounds/initial/*"),
         *run.glob("log_probs/**/*.*"),
     )
-    return [path for path in found if path.is_file() and not is_partial(path)]
+    # the sum of a file, whose name begins with a dot, is there before the file is
+    whole = (path for path in found if path.is_file() and not is_partial(path))
+    return [path for path in whole if not path.name.startswith(".")]
 
 
 def beside_the_policy(run: Path) -> dict[str, bytes]:

@@ -11,12 +11,12 @@ from random import Random
 
 from run_folders import is_partial, phase
 
-from faults.runs import Bench, differences, leftovers, random_moment
+from faults.runs import Bench, differences, leftovers, random_moment, scaled
 from faults.table import Event, Fault, counts, fault
 
 KILLED = 2  # runs of each case
 DAMAGES = 4  # to each of them, one after another, each to all as it was
-AGAIN, REFUSED, UNREAD = "made again or not needed", "refused, with the remedy", "never read again"
+AGAIN, REFUSED, UNREAD = "made again or not needed", "refused, with the remedy", "not read again"
 
 # what may be damaged, and the row that counts it; what is named first is what a file is
 FILES = {
@@ -47,9 +47,10 @@ FILES = {
 
 def jobs(bench: Bench, scale: float) -> list[Callable[[], list[Event]]]:
     """Every killed run that is damaged, each for a process of its own."""
-    damages = max(1, round(DAMAGES * scale))
-    times = range(max(1, round(KILLED * scale)))
-    return [partial(damaged_run, bench, case, n, damages) for case in bench.whole for n in times]
+    damages, times = scaled(DAMAGES, scale), scaled(KILLED, scale)
+    return [
+        partial(damaged_run, bench, case, n, damages) for case in bench.whole for n in range(times)
+    ]
 
 
 def rows(events: Sequence[Event]) -> list[Fault]:
@@ -96,31 +97,33 @@ def kill_late(bench: Bench, case: str, run: Path, chance: Random) -> None:
 def damaged(bench: Bench, case: str, run: Path, killed: Path, chance: Random) -> Event:
     """Damages a random file of a run, and has it go on; what is refused is mended as it says."""
     there = {p: [f for f in sorted(run.glob(p)) if not is_partial(f)] for p in FILES}
-    pattern = chance.choice([pattern for pattern, files in there.items() if files])
-    path = chance.choice(there[pattern])
+    kind = chance.choice(sorted({FILES[pattern] for pattern, files in there.items() if files}))
+    patterns = [pattern for pattern, files in there.items() if files and FILES[pattern] == kind]
+    path = chance.choice(there[chance.choice(patterns)])
     how = damage(path, chance)
     name, after = str(path.relative_to(run)), path.read_bytes() if path.exists() else None
     ended = bench.finish(case, run)
-    result, lost = REFUSED, []
-    if refusal := ended.refusal():
+    result, lost, refusal = AGAIN, [], ended.refusal()
+    if refusal:
+        result = REFUSED
         if not names(refusal, path, run):
             lost.append(f"the error does not name the file: {refusal}")
-        mend(refusal, path, run, killed)
+        remedy = mend(refusal, path, run, killed, chance)
         ended = bench.finish(case, run)
         if ended.code:
-            lost.append(f"after {refusal}: mended, but {ended}")
+            lost.append(f"{refusal}: {remedy}, but then {ended}")
     if ended.code:
         lost = lost or [f"neither made again nor refused in one line: {ended}"]
         result = f"exit {ended.code}"
     else:
         different = differences(run, bench.whole[case].run) + leftovers(run)
         if result != REFUSED:
-            unread = after is not None and path.exists() and path.read_bytes() == after
+            unread = (path.read_bytes() if path.exists() else None) == after
             result = UNREAD if unread and different else AGAIN
             different = [text for text in different if not (unread and text.startswith(name))]
         lost += different
     lost = [f"{name} {how}: {text}" for text in lost]
-    return Event(FILES[pattern], case, how, result, tuple(lost))
+    return Event(kind, case, how, result, refusal or "", tuple(lost))
 
 
 def damage(path: Path, chance: Random) -> str:
@@ -148,11 +151,25 @@ def names(refusal: str, path: Path, run: Path) -> bool:
     return any(re.search(rf"{re.escape(str(p))}(?![\w/.])", refusal) for p in (path, *folders))
 
 
-def mend(refusal: str, path: Path, run: Path, killed: Path) -> None:
-    """Does what an error says: deletes what it names, or restores the file."""
-    found = re.search(r"delete (\S+?)[,;.]?(?= |$)", refusal)
-    named = Path(found[1]) if found else None
-    if named is not None and named.is_relative_to(run) and named.exists():
-        shutil.rmtree(named) if named.is_dir() else named.unlink()
-    else:
+def mend(refusal: str, path: Path, run: Path, killed: Path, chance: Random) -> str:
+    """Does what an error says, one thing of two if it leaves the choice; says what."""
+    _, deletes, rest = refusal.partition("delete ")
+    restores = "restore" in refusal
+    if not deletes or (restores and chance.random() < 0.5):
         shutil.copy2(killed / path.relative_to(run), path)
+        return "restored"
+    named = [Path(word) for word in re.findall(rf"{re.escape(str(run))}/[\w./-]*\w", rest)]
+    round_of = [folder for folder in path.parents if folder.parent == run / "rounds"]
+    if "the run folder" in rest or "the folder to begin" in rest:
+        named = [run]
+    elif "the checkpoints" in rest:
+        named = [run / "checkpoints"]
+    elif "the folder of its round" in rest:
+        named = round_of
+    elif not named:
+        named = [path]
+    if "the rounds after it" in rest:
+        named += [folder for folder in run.glob("rounds/0*") if folder > max(named)]
+    for place in named:
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    return f"deleted {', '.join(str(place) for place in named)}"

@@ -15,7 +15,15 @@ from random import Random
 
 from run_folders import Stamp, phase, stamps
 
-from faults.runs import Bench, Ended, differences, leftovers, random_moment, step_of_checkpoint
+from faults.runs import (
+    Bench,
+    Ended,
+    differences,
+    leftovers,
+    random_moment,
+    scaled,
+    step_of_checkpoint,
+)
 from faults.table import Event, Fault, counts, fault, phases
 
 EVENTS = 4  # of each case
@@ -28,8 +36,12 @@ def jobs(bench: Bench, scale: float) -> list[Callable[[], list[Event]]]:
     """Every full disk, each for a process of its own; none where nothing can be mounted."""
     if not can_mount(bench.folder):
         return []
-    times = round(EVENTS * scale)
-    return [partial(full_disk, bench, case, n) for case in bench.whole for n in range(times)]
+    times = scaled(EVENTS, scale)
+    return [
+        partial(full_disk, bench, case, i + n)  # so that few of them are of both kinds too
+        for i, case in enumerate(bench.whole)
+        for n in range(times)
+    ]
 
 
 def rows(events: Sequence[Event]) -> list[Fault]:
@@ -83,7 +95,8 @@ def full_disk(bench: Bench, case: str, number: int) -> list[Event]:
             met = meet(bench, case, disk / "run", chance)
             if met is not None:
                 lost = what_is_lost(bench, case, disk / "run", met)
-                return [Event(kind, case, met.phase, outcome(met.ended), tuple(lost))]
+                said = met.ended.refusal() or ""
+                return [Event(kind, case, met.phase, outcome(met.ended), said, tuple(lost))]
     return []
 
 

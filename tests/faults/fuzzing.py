@@ -7,7 +7,7 @@ from functools import partial
 
 from fuzz_targets import TARGETS, run_target
 
-from faults.runs import Bench
+from faults.runs import Bench, scaled
 from faults.table import Event, Fault
 
 INPUTS = 10_000  # of each parser
@@ -15,7 +15,7 @@ INPUTS = 10_000  # of each parser
 
 def jobs(bench: Bench, scale: float) -> list[Callable[[], list[Event]]]:
     """Every parser, each for a process of its own."""
-    return [partial(fuzzed, name, round(INPUTS * scale), bench.seed) for name in TARGETS]
+    return [partial(fuzzed, name, scaled(INPUTS, scale), bench.seed) for name in TARGETS]
 
 
 def rows(events: Sequence[Event]) -> list[Fault]:
@@ -31,5 +31,5 @@ def fuzzed(name: str, inputs: int, seed: int) -> list[Event]:
     try:
         tried = run_target(name, inputs, seed)
     except Exception as error:  # noqa: BLE001 any kind of crash is what is looked for
-        return [Event("fuzz", name, "", "crashed", (f"{type(error).__name__}: {error}",), 0)]
-    return [Event("fuzz", name, "", "no crash", (), tried)]
+        return [Event("fuzz", name, "", "crashed", lost=(f"{type(error).__name__}: {error}",))]
+    return [Event("fuzz", name, "", "no crash", count=tried)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 
-from faults.runs import Bench, Moment, differences, leftovers, random_moment
+from faults.runs import Bench, Moment, differences, leftovers, random_moment, scaled
 from faults.table import Event, Fault, counts, fault
 
 TIMES = 2  # of each case
@@ -14,7 +14,7 @@ TIMES = 2  # of each case
 
 def jobs(bench: Bench, scale: float) -> list[Callable[[], list[Event]]]:
     """Every pair of processes."""
-    times = round(TIMES * scale)
+    times = scaled(TIMES, scale)
     return [partial(together, bench, case, n) for case in bench.whole for n in range(times)]
 
 
@@ -44,4 +44,4 @@ def together(bench: Bench, case: str, number: int) -> list[Event]:
     if done:
         lost += differences(run, whole.run) + leftovers(run)
     outcome = "one refused in one line" if refused else "not refused"
-    return [Event("lock", case, "", outcome, tuple(lost))]
+    return [Event("lock", case, "", outcome, lost=tuple(lost))]

@@ -206,6 +206,7 @@ class Run:
         self.pid, self.events, self.log = pid, events, log
         self.began, self.clock = time.time_ns(), time.perf_counter()
         self.code: int | None = None
+        self.ended: Ended | None = None
 
     def reach(self, moment: Moment) -> bool:
         """Waits for a moment; False if the process ended before."""
@@ -245,7 +246,9 @@ class Run:
         return stat.rpartition(") ")[2][:1]
 
     def wait(self, timeout: float = TIMEOUT) -> Ended:
-        """Waits for its end; one that takes too long is killed, and its code is that of it."""
+        """Waits for its end; one that takes too long is killed, and its code says so."""
+        if self.ended is not None:
+            return self.ended
         until = time.perf_counter() + timeout
         while not self.has_ended():
             if time.perf_counter() > until:
@@ -256,7 +259,8 @@ class Run:
             self.events = None
         assert self.code is not None
         text = self.log.read_text(errors="replace")
-        return Ended(self.code, text, time.perf_counter() - self.clock)
+        self.ended = Ended(self.code, text, time.perf_counter() - self.clock)
+        return self.ended
 
     def kill(self) -> None:
         """Kills it and waits until it is gone."""
@@ -354,6 +358,11 @@ def command_line(words: list[str], log: Path) -> Run:
     return Run(os.posix_spawn(arguments[0], arguments, os.environ, file_actions=outputs), None, log)
 
 
+def scaled(number: int, scale: float) -> int:
+    """A share of a number of faults, at least one."""
+    return max(1, round(number * scale))
+
+
 # --- what is owed --------------------------------------------------------------------------------
 
 
@@ -382,6 +391,8 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 def lines_of_log(run: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` without what tells the time."""
+    if not (run / "metrics.jsonl").exists():
+        return []
     return [
         {name: value for name, value in line.items() if not _tells_time(name)}
         for line in read_lines(run / "metrics.jsonl")

@@ -23,6 +23,7 @@ class Event:
         case: The run it met, or the parser.
         phase: What the run was at.
         outcome: What the run made of it.
+        said: The error it ended with, if it did.
         lost: What was lost, line by line; must be empty.
         count: How many faults this stands for.
     """
@@ -31,6 +32,7 @@ class Event:
     case: str
     phase: str
     outcome: str
+    said: str = ""
     lost: tuple[str, ...] = ()
     count: int = 1
 

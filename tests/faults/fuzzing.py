@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -31,5 +32,6 @@ def fuzzed(name: str, inputs: int, seed: int) -> list[Event]:
     try:
         tried = run_target(name, inputs, seed)
     except Exception as error:  # noqa: BLE001 any kind of crash is what is looked for
-        return [Event("fuzz", name, "", "crashed", lost=(f"{type(error).__name__}: {error}",))]
+        said = "".join(traceback.format_exception(error))[-4000:]  # its notes have the input
+        return [Event("fuzz", name, "", "crashed", lost=(said,))]
     return [Event("fuzz", name, "", "no crash", count=tried)]

@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 GPU_PYTHON ?= $(BIN)/python
 RESULTS ?= benchmarks/results
 
-.PHONY: setup vllm-cpu quickstart test test-vllm test-slow gpu lint types clean
+.PHONY: setup vllm-cpu quickstart test test-vllm test-slow faults gpu lint types clean
 
 setup: .venv/.ready
 
@@ -41,6 +41,10 @@ test-vllm: vllm-cpu
 
 test-slow: vllm-cpu
 	$(PYTEST) -m "slow and not gpu" tests
+
+# kills, full disks, corrupt files and fuzzed inputs; what was lost is told in docs/reliability.md
+faults: setup
+	PYTHONPATH=tests $(BIN)/python -m faults --output $(RESULTS)/faults.json --page docs/reliability.md
 
 # -P: the package is read from its wheel, the working folder holds only a part of it
 gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),setup)

@@ -21,7 +21,7 @@ from prefopt.evaluation import Evaluation, EvaluationTask
 from prefopt.evaluation_alarm import Judged, Watch, alarm_message, p_greater, watch
 from prefopt.judge import Judge
 from prefopt.run_folder import MetricsFile
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 

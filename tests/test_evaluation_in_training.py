@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from run_folders import contents
 from test_players import OVERLAP, Apart
 from test_rounds import (
     EVERY_RUN,
@@ -21,7 +22,6 @@ from test_rounds import (
     Graded,
     Stopped,
     brief_policy,
-    contents,
     equal,
     fine,
     make_trainer,

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from run_folders import contents
 from test_rounds import (
     TOKENIZER,
     Make,
     Steps,
-    contents,
     equal,
     logged,
     make_trainer,

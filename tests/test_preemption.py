@@ -398,7 +398,7 @@ from test_preemption import TerminateAfter, collecting, waiting
 from test_rounds import PROMPTS, Graded, fine, make_trainer, tiny_policy
 
 from prefopt.preemption import Preempted
-from prefopt.trainers.base import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 told = []

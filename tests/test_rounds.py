@@ -205,14 +205,6 @@ def texts(folder: Path, draw: int = 0) -> dict[int, list[str]]:
     return {p: [s.completion.text for s in group] for p, group in samples(folder, draw).items()}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 class Steps(TrainerCallback):
     """Notes, at each step, the weights before it, the round, and how often Adam has stepped."""
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from run_folders import beside_the_policy, complete, contents, modified, phase, stamps
 from safetensors.torch import load_file
 from test_rounds import (
     PROMPTS,
@@ -32,7 +33,6 @@ from test_rounds import (
     Stopped,
     brief_policy,
     coarse,
-    contents,
     equal,
     fine,
     logged,
@@ -432,24 +432,6 @@ def finish(recipe: Path, run: Path, *overrides: str) -> None:
     assert (run / "summary.json").exists()
 
 
-def modified(path: Path) -> int:
-    return path.stat().st_mtime_ns
-
-
-def stamps(run: Path) -> dict[str, tuple[int, int]]:
-    """When each file of the rounds was written and where it lies; half-written ones left out."""
-    return {
-        str(path.relative_to(run)): (path.stat().st_mtime_ns, path.stat().st_ino)
-        for path in (*run.glob("rounds/0*/**/*.*"), *run.glob("rounds/initial/*"))
-        if ".partial-" not in path.name
-    }
-
-
-def complete(run: Path) -> dict[str, bytes]:
-    found = contents(run / "rounds")
-    return {name: content for name, content in found.items() if ".partial-" not in name}
-
-
 def progress(run: Path, began: int = 0) -> int:
     """Files of the rounds and lines of the log so far: a clock that no busy machine slows down.
 
@@ -460,36 +442,8 @@ def progress(run: Path, began: int = 0) -> int:
     return len(stamps(run)) + (metrics.read_text().count("\n") if counts else 0)
 
 
-def phase(run: Path, began: int, *, prompts: int, judged: bool, shard: int = 2) -> str:
-    """What a run was at when it was killed, as told by what it left."""
-    written = [p for p in run.rglob("*") if p.is_file() and modified(p) > began]
-    if any("/.partial/checkpoint-" in str(path) for path in written):
-        return "checkpointing"
-    if any(".partial" in str(path) for path in written):
-        return "writing"
-    made = [run / name for name in ("rounds", "checkpoints", "metrics.jsonl")]
-    if not any(path.is_relative_to(place) for path in written for place in made):
-        return "loading"
-    *_, last = sorted((run / "rounds").glob("0*")) or [run / "rounds" / "0000"]
-    if len(list(last.glob("draw-0/rollouts-*"))) < prompts / shard:
-        return "generating"
-    if judged and len(list(last.glob("draw-0/judgements-*"))) < prompts / shard:
-        return "judging"
-    if not (last / "log_probs").exists():
-        return "pairing"
-    return "optimising"
-
-
 # of algorithms whose rounds are a step by default
 ROUNDS_OF_20 = {"prompts_per_round": 20, "num_train_epochs": 2}
-
-
-def beside_the_policy(run: Path) -> dict[str, bytes]:
-    """What the last checkpoint holds of critic, target and half step."""
-    last = last_complete_checkpoint(run / "checkpoints")
-    assert last is not None
-    found = contents(last)
-    return {name: found[name] for name in found if name.startswith(("kept/", "critic/"))}
 
 
 # over 20 s: every process imports torch and transformers, and is killed at a random moment
@@ -542,8 +496,7 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
         assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        prompts = keys.get("prompts_per_round", 50)
-        phases.append(phase(killed, began, prompts=prompts, judged=judge is not None))
+        phases.append(phase(killed, began, whole))
         kept = stamps(killed)
         assert {name: kept.get(name) for name in known} == known, "nothing is made twice"
         known = kept
@@ -552,7 +505,7 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
     kept = stamps(killed)
     assert {name: kept.get(name) for name in known} == known, "nothing is made twice"
     assert len({*phases} - {"loading"}) >= (3 if kills == 10 else 2), phases
-    assert complete(killed) == complete(whole)
+    assert complete(killed / "rounds") == complete(whole / "rounds")
     a, b = (load_file(run / "final" / "model.safetensors") for run in (whole, killed))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from run_folders import contents
 from test_rounds import (
     EVERY_RUN,
     PEAK,
@@ -31,7 +32,6 @@ from test_rounds import (
     Steps,
     Watched,
     brief_policy,
-    contents,
     equal,
     fine,
     logged,

@@ -22,7 +22,7 @@ from prefopt.determinism import circumstances, determinism
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.rounds.facts import FORMAT, check_format, differences, listed
-from prefopt.rounds.storage import append, atomic_write, read_appended
+from prefopt.rounds.storage import append, atomic_write
 from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 # where samples are drawn, and how weights get there, may change between two starts of a run
@@ -60,7 +60,7 @@ def check_run(recipe: Recipe) -> None:
     }
     if different:
         raise PrefoptError(
-            f"{folder}: this run was begun with other values of {listed(different)}; "
+            f"{stored}: this run was begun with other values of {listed(different)}; "
             "restore them, choose another run_dir, or delete the folder to begin again"
         )
 
@@ -138,17 +138,17 @@ def _commit() -> str | None:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log line to ``metrics.jsonl``; lines after a resumed step are written anew."""
+    """Appends every log line to ``metrics.jsonl``, behind those that a checkpoint knows of."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops the lines that the resumed run will write again."""
-        if state.is_world_process_zero and self.path.exists():
-            lines = read_appended(self.path)
-            kept = [line for line in lines if _is_before(line, state.global_step)]
-            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        """Writes what was logged up to the checkpoint, whatever became of the file since."""
+        if state.is_world_process_zero and (state.log_history or self.path.exists()):
+            kept = [line for line in state.log_history if _is_before(line, state.global_step)]
+            lines = [{"step": line["step"], **line} for line in kept]
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
@@ -165,6 +165,8 @@ def _is_before(line: Mapping[str, Any], step: int) -> bool:
 
     What begins a round comes again, and so does an evaluation, which is made after a checkpoint.
     """
+    if "train_runtime" in line:
+        return False
     comes_again = "evaluation/win_rate" in line or ("round" in line and "loss" not in line)
     return line["step"] < step or (line["step"] == step > 0 and not comes_again)
 

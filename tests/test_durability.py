@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from run_folders import contents
 from safetensors.torch import save_file
 from test_evaluation_in_training import run as evaluated_run
-from test_rounds import Make, Stopped, brief_policy, contents, equal, make_trainer, weights
+from test_rounds import Make, Stopped, brief_policy, equal, make_trainer, weights
 from test_rounds_killed import (
     EVERY_TWO_STEPS,
     FOUR_STEPS,

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from run_folders import contents
 from safetensors.torch import load_file
 from test_rounds import (
     PROMPTS,
@@ -30,7 +31,6 @@ from test_rounds import (
     Graded,
     Make,
     brief_policy,
-    contents,
     equal,
     fine,
     make_trainer,

@@ -113,7 +113,8 @@ def _look_at_judge(
             ComparisonEncoder(tokenizer)
     except PrefoptError as error:
         findings.add("judge template", f"{name}: {error}")
-    if policy is not None and policy.get_vocab() != tokenizer.get_vocab():
+    # a reward model may have a pad token more
+    if policy is not None and not policy.get_vocab().items() <= tokenizer.get_vocab().items():
         findings.add("judge tokenizer", f"{name}: {path} has another vocabulary than the policy")
     most = _context(config)
     if longest is not None and most is not None and longest > most:

@@ -260,7 +260,11 @@ def test_judges(recipe: Path, no_memory: None) -> None:
     other = byte_tokenizer()
     other.add_tokens(["another"])
     save_model(judge, other)
+    assert kinds(check(recipe, options)) == [], "a reward model may have a pad token more"
+    save_model(recipe.parent / "model", other)
+    save_model(judge, byte_tokenizer())
     assert kinds(check(recipe, options)) == [("note", "judge tokenizer")]
+    save_model(recipe.parent / "model", byte_tokenizer())
     save_model(judge, byte_tokenizer(), architectures=["LlamaForCausalLM"])
     assert kinds(check(recipe, options)) == [("error", "judge")], "it has no score"
     save_model(judge, byte_tokenizer())

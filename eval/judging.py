@@ -157,7 +157,8 @@ def _judge_kept(
     path: Path,
 ) -> np.ndarray:
     keys = [_key(record, *row) for row in zip(*columns, strict=True)]
-    known = {row["key"]: row[name] for row in read_appended(path) if name in row}
+    kept = read_appended(path, key=str)
+    known = {row["key"]: row[name] for row in kept if isinstance(row.get(name), int | float)}
     missing = [index for index, key in enumerate(keys) if key not in known]
     path.parent.mkdir(parents=True, exist_ok=True)
     shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)]

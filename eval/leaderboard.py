@@ -16,6 +16,7 @@ from prefopt.errors import DataError, PrefoptError
 from prefopt.eval.annotations import Annotations
 from prefopt.eval.length_control import length_controlled_win_rate
 from prefopt.eval.length_design import Gamed, read_gamed
+from prefopt.eval.numbers import csv_cell
 from prefopt.rounds.storage import atomic_write
 
 INDEX_NAMES = ("", "model", "name")  # headings of the column that names the model
@@ -139,7 +140,7 @@ def write_leaderboard(path: str | os.PathLike[str], rows: Iterable[LeaderboardRo
     writer.writerow(["", *COLUMNS[1:]])
     for row in ranked(rows):
         values = [getattr(row, column) for column in COLUMNS]
-        writer.writerow(["" if value is None else value for value in values])
+        writer.writerow(["" if value is None else csv_cell(value) for value in values])
     atomic_write(Path(path), text.getvalue())
 
 

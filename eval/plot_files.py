@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from prefopt.errors import PrefoptError
+from prefopt.eval.numbers import csv_cell
 from prefopt.rounds.storage import atomic_write
 
 # Stands for the page's text colour until an SVG is written; no other element may use it.
@@ -83,7 +84,7 @@ def finish(
     figure.savefig(image, format="png", dpi=DPI, facecolor="white")
     printed = _svg(figure, facecolor="white").replace(INK, PRINTED_INK)
     rows = StringIO()
-    written = [[_csv_cell(value) for value in row] for row in (table.head, *table.rows)]
+    written = [[csv_cell(value) for value in row] for row in (table.head, *table.rows)]
     csv.writer(rows, lineterminator="\n").writerows(written)
     files = {
         "png": image.getvalue(),
@@ -91,12 +92,6 @@ def finish(
         "csv": rows.getvalue().encode(errors="replace"),
     }
     return Plot(name, svg, files)
-
-
-def _csv_cell(value: Any) -> Any:
-    """A value, or text that no spreadsheet takes for a formula."""
-    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if formula else value
 
 
 def save_plots(folder: Path, plots: Iterable[Plot]) -> list[str]:

@@ -374,7 +374,7 @@ def _determinism(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
     for name, run in runs.items():
         try:
             found = json.loads(run.environment or "{}")
-        except ValueError:  # the file is shown as it is
+        except (RecursionError, ValueError):  # the file is shown as it is
             continue
         said = found.get("determinism") if isinstance(found, dict) else None
         if isinstance(said, list) and said:

@@ -16,7 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from prefopt.budget import budget, look_at_disk, plan_of
-from prefopt.check_models import longest_row, look_at_judges, look_at_machine, look_at_policy
+from prefopt.check_models import (
+    longest_row,
+    look_at_judges,
+    look_at_machine,
+    look_at_policy,
+    look_for_model,
+)
 from prefopt.check_rows import bias_of, look_at_rows, look_for_evaluated
 from prefopt.data.findings import Findings
 from prefopt.data.report import data_report
@@ -42,7 +48,7 @@ from prefopt.train import (
     read_recipe,
     recipe_tokenizer,
 )
-from prefopt.trainers.dpo import check_columns
+from prefopt.trainers.dpo import check_labels
 from prefopt.trainers.pairs import pair_dataset
 
 
@@ -107,6 +113,7 @@ def _look(
     tokenizer: PreTrainedTokenizerBase | None = None
     with findings.of("tokenizer"):
         tokenizer = recipe_tokenizer(recipe)
+        look_for_model(recipe, findings)
     rows, items = look_at_rows(recipe, args, tokenizer, findings)
     texts: EvaluationData | None = None
     if recipe.eval is not None and recipe.trainer.algorithm not in NO_POLICY:
@@ -127,10 +134,20 @@ def _look(
     if IntervalStrategy(args.eval_strategy) != IntervalStrategy.NO and rows.evaluation is None:
         found = f"trainer.eval_strategy is {IntervalStrategy(args.eval_strategy).value}"
         findings.add("settings", f"{found}, and no rows are held out (data.eval_fraction)")
-    if recipe.trainer.algorithm == "dpo" and isinstance(rows.train, TokenizedPairs):
-        with findings.of("soft labels"):
-            check_columns(args.loss_type, pair_dataset(rows.train), "data")
+    if recipe.trainer.algorithm in ("dpo", "hypo"):
+        _look_at_labels(args.loss_type, rows, findings)
     _estimate(recipe, args, rows, texts, machine, findings, result)
+
+
+def _look_at_labels(loss_type: str, rows: Rows, findings: Findings) -> None:
+    """Compares p_chosen and margin of pairs with what the loss can use."""
+    for part in (rows.train, rows.evaluation):
+        if isinstance(part, TokenizedPairs):
+            pairs = pair_dataset(part)
+            with findings.of("soft labels"):
+                check_labels(loss_type, pairs, "data")
+            if "margin" in pairs.columns:
+                findings.add("margin not used", "dpo and hypo do not use the column 'margin'")
 
 
 def _estimate(

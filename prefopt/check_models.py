@@ -14,7 +14,12 @@ from prefopt.data.token_findings import whole_lengths
 from prefopt.data.tokenize import Ragged, Tokenized
 from prefopt.errors import PrefoptError
 from prefopt.evaluation_recipe import NO_POLICY, api_of, judge_section, trains_with
-from prefopt.models.load import check_quantization, load_config, load_tokenizer
+from prefopt.models.load import (
+    check_quantization,
+    check_weights,
+    load_config,
+    load_tokenizer,
+)
 from prefopt.recipe import EvalJudgeSection, JudgeSection, Recipe
 from prefopt.reward_models.preference_model import ComparisonEncoder
 from prefopt.rollout.vllm_process import check_installed
@@ -97,21 +102,45 @@ def _look_at_judge(
     except PrefoptError as error:
         findings.add("judge", f"{name}.path: {error}")
         return
+    config = _config(path)
+    with findings.of("judge"):
+        check_weights(path)
+        if section.kind == "reward_model":
+            _check_score(name, path, config)
     try:
         check_tokenizer(tokenizer, conversational=conversational)
         if section.kind == "preference_model":
             ComparisonEncoder(tokenizer)
     except PrefoptError as error:
         findings.add("judge template", f"{name}: {error}")
-    if policy is not None and policy.get_vocab() != tokenizer.get_vocab():
+    # a reward model may have a pad token more
+    if policy is not None and not policy.get_vocab().items() <= tokenizer.get_vocab().items():
         findings.add("judge tokenizer", f"{name}: {path} has another vocabulary than the policy")
-    most = _context(_config(path))
+    most = _context(config)
     if longest is not None and most is not None and longest > most:
         found = f"{name}: reads up to {most:,} tokens; a prompt with its answer has up to"
         findings.add("judge context", f"{found} {longest:,} of the policy's")
 
 
+def _check_score(name: str, path: str, config: PreTrainedConfig | None) -> None:
+    kinds = getattr(config, "architectures", None) or []
+    adapter = (Path(path) / "adapter_config.json").exists()  # which may bring a head
+    if not adapter and any(kind.endswith("ForCausalLM") for kind in kinds):
+        raise PrefoptError(
+            f"{name}.path: {path} is a language model ({', '.join(kinds)}) and has no score; "
+            "expected a sequence classifier as algorithm reward_model makes it"
+        )
+
+
 # --- the policy ----------------------------------------------------------------------------------
+
+
+def look_for_model(recipe: Recipe, findings: Findings) -> None:
+    """Looks whether the policy's configuration and weights are there."""
+    model = recipe.model
+    with findings.of("model"):
+        load_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        check_weights(model.path)
 
 
 def longest_row(recipe: Recipe, args: Any, rows: Tokenized) -> int:
@@ -134,7 +163,7 @@ def look_at_policy(
     model = recipe.model
     config = _config(model.path, model.revision, model.trust_remote_code)
     if config is None:
-        return  # the report on memory says so
+        return  # an error already
     text = config.get_text_config()
     most = _context(config)
     if most is not None and longest > most:

@@ -175,7 +175,7 @@ def _print_budget(console: Console, budget: Mapping[str, Any]) -> None:
         return
     console.print(
         f"time: in the order of {duration(budget['seconds'])}, as this {budget['device']} reaches "
-        f"{budget['throughput'] / 1e12:.2g} TFLOP/s in a matrix product ({budget['assumptions']})",
+        f"{budget['throughput'] / 1e12:.2g} TFLOP/s in a matrix product (docs/check.md)",
         soft_wrap=True,
     )
 

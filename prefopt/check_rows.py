@@ -72,8 +72,9 @@ def look_at_rows(
         others = []  # nothing is measured on them
     items = items[: data.max_rows]
     _look_for_overlap(items, others, findings)
+    _look_at_forms(items, findings)
     if not items:
-        if not findings.has("source"):
+        if not findings.count("error"):
             findings.add("no rows left", "no row is good")
         return None, items
     if tokenizer is None:
@@ -125,6 +126,15 @@ def _look_for_overlap(items: list[Any], others: list[Any], findings: Findings) -
     for item in others:
         if (where := trained.get(prompt_key(item.prompt))) is not None:
             findings.add("eval overlap", f"the prompt of {where} is held out too", item.where)
+
+
+def _look_at_forms(items: list[Any], findings: Findings) -> None:
+    """Plain texts among conversations, or the other way round: one of the two is a mistake."""
+    plain = [item for item in items if isinstance(item.prompt, str)]
+    talks = [item for item in items if not isinstance(item.prompt, str)]
+    found = f"{len(plain):,} rows are plain text and {len(talks):,} conversations"
+    for item in min(plain, talks, key=len):
+        findings.add("text beside conversations", found, item.where)
 
 
 def _tokenised(

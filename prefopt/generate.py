@@ -207,9 +207,9 @@ def _check_record(path: Path, found: dict[str, Any], record: dict[str, Any]) -> 
 def _read_answered(path: Path, samples: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
     """The prompts that a file answers with as many samples as they are to have."""
     groups: dict[int, list[dict[str, Any]]] = {}
-    for row in read_appended(path):
+    for row in read_appended(path, index=int, completion=str, finish_reason=str, tokens=int):
         groups.setdefault(row["index"], []).append(row)
-    return {index: rows for index, rows in groups.items() if len(rows) == samples[index]}
+    return {i: groups[i] for i, count in enumerate(samples) if len(groups.get(i, ())) == count}
 
 
 def write_completions(

@@ -134,6 +134,11 @@ class SamplingPart(Section):
     top_k: Annotated[int, Field(ge=0)] | None = None
 
 
+def _check_address(url: str) -> None:
+    if set(url) & set("@?#"):  # it would stand in files and logs: not repeated
+        raise ValueError("an address has a name, password or query in it; leave them out")
+
+
 class RolloutSection(Section):
     """How completions are sampled from the policy."""
 
@@ -152,8 +157,8 @@ class RolloutSection(Section):
     @field_validator("servers")
     @classmethod
     def _check_addresses(cls, value: list[str] | None) -> list[str] | None:
-        if any("@" in url for url in value or ()):  # it would stand in files and logs: not repeated
-            raise ValueError("an address has a name or password in it; leave them out")
+        for url in value or ():
+            _check_address(url)
         return value
 
     @model_validator(mode="after")
@@ -199,6 +204,12 @@ class EvalJudgeSection(Section):
     base_url: Text = "https://api.openai.com/v1"
     key_variable: Text = "OPENAI_API_KEY"  # the environment variable that holds the key
     concurrency: Count = 16  # requests at a time
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        _check_address(value)
+        return value
 
     @model_validator(mode="after")
     def _check_place(self) -> EvalJudgeSection:
@@ -300,7 +311,7 @@ def load_recipe(
         PrefoptError: The file, an override, a key or a value is wrong.
     """
     document = _read(path)
-    places = {_override(document, text): f"override {text!r}" for text in overrides}
+    places = {_override(document, text): _named(text) for text in overrides}
 
     def where(loc: Loc) -> str:
         named = [place for start, place in places.items() if loc[: len(start)] == start]
@@ -566,7 +577,7 @@ def _override(document: dict[str, Any], text: str) -> Loc:
     key, equals, value = text.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        raise PrefoptError(f"override {text!r}: expected section.key=value")
+        raise PrefoptError(f"{_named(text)}: expected section.key=value")
     created: Loc = ()
     target = document
     for depth, part in enumerate(parts[:-1], start=1):
@@ -575,9 +586,14 @@ def _override(document: dict[str, Any], text: str) -> Loc:
             created = created or tuple(parts[:depth])
         if not isinstance(target[part], dict):
             raise PrefoptError(
-                f"override {text!r}: {'.'.join(parts[:depth])!r} is "
+                f"{_named(text)}: {'.'.join(parts[:depth])!r} is "
                 f"{_show(target[part])}, which has no keys; set it as a whole"
             )
         target = target[part]
-    target[parts[-1]] = _parse(value, f"override {text!r}")
+    target[parts[-1]] = _parse(value, _named(text))
     return created or tuple(parts)
+
+
+def _named(override: str) -> str:
+    """An override in errors: without its value, which may be a password in the wrong place."""
+    return f"override {override.partition('=')[0]!r}"

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.torch import save_file
 from test_check_bad_files import GOOD, lines, pair, save_model, talk
 from test_data_template import (
     CHATML,
@@ -201,6 +203,51 @@ def test_a_table_of_positions_ends(recipe: Path, no_memory: None) -> None:
     assert kinds(check(recipe)) == [("error", "context exceeded")]
 
 
+def test_a_model_without_weights(recipe: Path, no_memory: None) -> None:
+    weights = recipe.parent / "model" / "model.safetensors"
+    save_file({"a": torch.ones(9)}, weights)
+    weights.write_bytes(weights.read_bytes()[:-4])  # as where a download ended
+    assert kinds(check(recipe)) == [("error", "model")]
+    weights.write_bytes(b"")
+    assert kinds(check(recipe)) == [("error", "model")]
+    weights.unlink()
+    assert kinds(check(recipe)) == [("error", "model")]
+    (weights.parent / "pytorch_model.bin").touch()
+    [finding] = check(recipe)["findings"]
+    assert "a pickle" in finding["found"]
+
+
+def test_a_model_of_which_a_shard_is_missing(recipe: Path, no_memory: None) -> None:
+    model = recipe.parent / "model"
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors").rename(model / names["a"])
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    [finding] = check(recipe)["findings"]
+    assert (finding["severity"], finding["kind"]) == ("error", "model")
+    assert names["b"] in finding["found"]
+    index.write_text("[]")
+    [finding] = check(recipe)["findings"]
+    assert "no index" in finding["found"]
+
+
+def test_a_model_without_a_configuration(recipe: Path, no_memory: None) -> None:
+    (recipe.parent / "model" / "config.json").unlink()
+    assert ("error", "model") in kinds(check(recipe))
+
+
+def test_soft_labels_of_hypo_and_of_held_out_rows(recipe: Path, no_memory: None) -> None:
+    soft = [pair(n, p_chosen=0.7) for n in range(11, 15)]
+    held_out = recipe.parent / "held_out.jsonl"
+    held_out.write_bytes(lines(soft))
+    hard = "trainer.loss_type=aot"
+    found = [("error", "soft labels")]
+    assert kinds(check(recipe, [hard])) == []
+    assert kinds(check(recipe, [hard, f"data.eval_path={held_out}"])) == found
+    (recipe.parent / "rows.jsonl").write_bytes(lines(soft))
+    assert kinds(check(recipe, [hard, "trainer.algorithm=hypo"])) == found
+
+
 def test_judges(recipe: Path, no_memory: None) -> None:
     rollout = "rollout={max_new_tokens: 50}"
     judge = recipe.parent / "judge"
@@ -213,7 +260,16 @@ def test_judges(recipe: Path, no_memory: None) -> None:
     other = byte_tokenizer()
     other.add_tokens(["another"])
     save_model(judge, other)
+    assert kinds(check(recipe, options)) == [], "a reward model may have a pad token more"
+    save_model(recipe.parent / "model", other)
+    save_model(judge, byte_tokenizer())
     assert kinds(check(recipe, options)) == [("note", "judge tokenizer")]
+    save_model(recipe.parent / "model", byte_tokenizer())
+    save_model(judge, byte_tokenizer(), architectures=["LlamaForCausalLM"])
+    assert kinds(check(recipe, options)) == [("error", "judge")], "it has no score"
+    save_model(judge, byte_tokenizer())
+    (judge / "model.safetensors").unlink()
+    assert kinds(check(recipe, options)) == [("error", "judge")]
 
 
 def test_the_judge_of_training_is_a_lenient_one(recipe: Path, no_memory: None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from test_data_template import GEMMA, byte_tokenizer, space_tokenizer
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
@@ -50,13 +51,14 @@ THREE = GOOD[2]  # what stands in row 3 of a good file
 
 
 def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, **config: Any) -> Path:
-    """A model's folder without weights, which no check reads."""
+    """A model's folder; its weights, which no check reads, are a file without any."""
     tokenizer.save_pretrained(folder)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaConfig(**{"vocab_size": len(tokenizer), **shape, **heads, **config}).save_pretrained(
         folder
     )
+    save_file({}, folder / "model.safetensors")
     return folder
 
 
@@ -132,6 +134,18 @@ BAD_FILES = {
     "from and value": (
         replaced(prompt=[{"from": "human", "value": "Hi?"}]),
         ("error", "wrong type", 3, "docs/data.md"),
+    ),
+    "a conversation as JSON in a cell": (
+        replaced(**{name: json.dumps(THREE[name]) for name in ("prompt", "chosen", "rejected")}),
+        ("warning", "messages in a string", 3, "as a list"),
+    ),
+    "plain text among conversations": (
+        bad({"prompt": "How much is it?", "chosen": "It is 6.", "rejected": "It is 7."}),
+        ("warning", "text beside conversations", 3, "as messages"),
+    ),
+    "a margin that dpo does not use": (
+        [pair(n, margin=n) for n in range(1, 9)],
+        ("note", "margin not used", None, "reward_model"),
     ),
     "role human": (
         replaced(prompt=[{"role": "human", "content": "Hi?"}]),
@@ -272,7 +286,7 @@ def expect(
         ([{"prompt": f"{n} =", "chosen": f" {n}", "rejected": " 0"} for n in range(1, 9)], []),
         ([{"prompt": f"{n}?"} for n in range(9)], ["trainer.algorithm=ppo"]),
         ([{"messages": [*CONVERSATION, *said("Fine.")]}], ["trainer.algorithm=sft"]),
-        ([pair(n, p_chosen=n / 10, margin=n) for n in range(6, 10)], []),
+        ([pair(n, p_chosen=n / 10) for n in range(6, 10)], []),
     ],
     ids=["conversations", "plain text", "prompts", "demonstrations", "labels"],
 )  # fmt: skip
@@ -305,6 +319,31 @@ def test_the_rows_before_a_broken_one_are_looked_at(check: Any) -> None:
     kinds = [finding["kind"] for finding in result["findings"]]
     assert kinds == ["empty completion", "source"]
     assert result["train"]["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "row", "words"),
+    [
+        (lines(GOOD[:2]) + b'{"prompt": "caf\xe9"}', 3, "convert it"),
+        (lines(GOOD).decode().encode("utf-16"), 1, "as UTF-16 does"),
+        (gzip.compress(lines(GOOD)), 1, "let its name end in .gz"),
+    ],
+    ids=["one line in Latin-1", "UTF-16", "gzip under another name"],
+)  # fmt: skip
+def test_what_is_no_utf8(content: bytes, row: int, words: str, check: Any, tmp_path: Path) -> None:
+    status, result = check(content)
+    finding = expect(result, status, ("error", "source", row, "mend"), tmp_path / "rows.jsonl")
+    assert words in finding["found"]
+
+
+def test_where_all_rows_are_bad_that_is_said_once(check: Any) -> None:
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hi."}]
+    status, result = check([{"messages": turns}] * 3, "trainer.algorithm=sft")
+    [finding] = result["findings"]
+    assert (status, finding["kind"], finding["count"]) == (1, "wrong type", 3)
+    assert "rename from to role and value to content" in finding["found"]
+    status, result = check([{"messages": turns}], "trainer.algorithm=sft", "data.invalid_rows=drop")
+    assert [f["kind"] for f in result["findings"]] == ["no rows left", "wrong type"]
 
 
 def test_a_truncated_gzip(check: Any) -> None:

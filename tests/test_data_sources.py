@@ -147,7 +147,7 @@ BROKEN = {
     "empty.jsonl": (b"\n \n", r"empty\.jsonl: no rows"),
     "empty.json": (b"[]", r"empty\.json: no rows"),
     "empty.jsonl.gz": (b"", r"empty\.jsonl\.gz: no rows"),
-    "latin.jsonl": ('{"a": "é"}'.encode("latin-1"), r"latin\.jsonl: not UTF-8"),
+    "latin.jsonl": ('{"a": "é"}'.encode("latin-1"), r"latin\.jsonl:1: not UTF-8"),
     "plain.jsonl.gz": (b'{"a": 1}\n', r"plain\.jsonl\.gz: not a readable gzip file"),
     "bad.parquet": (b"PAR1 but not really", r"bad\.parquet: not a readable Parquet file"),
     "rows.csv": (b"a,b\n1,2\n", r"rows\.csv: unsupported extension '\.csv'; expected \.jsonl"),

@@ -616,6 +616,9 @@ def test_half_lines_are_taken_out_wherever_they_are(
     assert read_appended(path) == [{"key": 1}, {"key": 3}]
     assert path.read_text() == '{"key": 1}\n{"key": 3}\n'
     assert "scores.jsonl:2" in warned.text
+    assert read_appended(path, key=int, score=float) == []
+    assert path.read_text() == ""
+    assert "found no JSON object with key, score" in warned.text
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:

@@ -391,7 +391,8 @@ def test_answers_survive_a_killed_process(world: WorldPaths, tmp_path: Path) -> 
     text = path.read_text()
     lines = text.splitlines(keepends=True)
     # two prompts in any order, one of two answers to the next, and half a line
-    path.write_text("".join([*lines[4:6], *lines[:2], lines[2], lines[8][:20]]))
+    foreign = ['{"key": "a"}\n', '{"index": [0]}\n', lines[8].replace('"index": 4', '"index": 999')]
+    path.write_text("".join([*lines[4:6], *foreign, *lines[:2], lines[2], lines[8][:20]]))
     asked: list[int] = []
     answer = generator.answer
 
@@ -418,10 +419,12 @@ def test_judgements_survive_a_killed_process(tmp_path: Path) -> None:
     a, b = ["x", "xxx", "xx"], ["xx", "xx", "xx"]
     first = judge_pairs(judge, {"path": "r"}, ["p", "q", "r"], a, b, path)
     assert first.tolist() == [0, 1, 0.5]
-    path.write_text(path.read_text()[:-5])
+    kept = path.read_text()
+    key = kept.splitlines()[0].replace("0.0", '"0"')
+    path.write_text(f'{key}\n{{"other": 1}}\n{{"key": [1]}}\n' + kept[kept.index("\n") + 1 : -5])
     asked.clear()
     assert judge_pairs(judge, {"path": "r"}, ["p", "q", "r"], a, b, path).tolist() == [0, 1, 0.5]
-    assert asked == ["xx", "xx"]
+    assert asked == ["x", "xx", "xx", "xx"]
     with pytest.raises(PrefoptError, match="found nan as preference of number 1"):
         judge_pairs(RuleJudge(lambda **_: [math.nan]), {}, ["p"], ["x"], ["y"], path)
 

@@ -201,6 +201,12 @@ def test_leaderboard_file_round_trips(tmp_path):
     assert header == "," + ",".join(COLUMNS[1:])
 
 
+def test_a_model_of_a_leaderboard_is_no_formula(tmp_path):
+    path = tmp_path / "leaderboard.csv"
+    write_leaderboard(path, leaderboard({"=HYPERLINK(1)": judgements("a", [1.2, 1.9])}, C=1))
+    assert path.read_text().splitlines()[1].startswith("'=HYPERLINK(1),")
+
+
 def test_rows_without_length_control_come_last(tmp_path):
     path = tmp_path / "old.csv"
     path.write_text(

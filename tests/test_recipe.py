@@ -161,7 +161,9 @@ def test_an_override_can_supply_a_missing_section(recipe_file: Path) -> None:
     ],
 )
 def test_a_bad_override_is_named(recipe_file: Path, override: str, expected: str) -> None:
-    assert message(recipe_file, "seed=1", override).startswith(f"override {override!r}: {expected}")
+    """By its key: a password may stand in the value."""
+    key = override.partition("=")[0]
+    assert message(recipe_file, "seed=1", override).startswith(f"override {key!r}: {expected}")
 
 
 def test_a_fault_of_the_file_is_not_blamed_on_an_override(recipe_file: Path) -> None:

@@ -517,6 +517,8 @@ def test_no_key_of_a_recipe_holds_a_token() -> None:
         "eval.judge={kind: api, model: m, base_url: 'http://me:PASSWORD@127.0.0.1:1/v1'}",
         "eval.judge={kind: api, model: m, base_url: 'http://127.0.0.1:1/v1?key=PASSWORD'}",
         "eval.judge={kind: api, model: m, key_variable: PASS-WORD}",
+        "trainer.hub_token=PASSWORD",
+        "eval.judge={kind: api, model: m, api_key: PASSWORD}",
     ],
 )
 def test_passwords_in_addresses_are_refused_before_anything_is_written(
@@ -524,8 +526,11 @@ def test_passwords_in_addresses_are_refused_before_anything_is_written(
 ) -> None:
     path, _ = _split(recipe_of(world, tmp_path, "online_dpo"))
     engine = ["rollout.engine=vllm_server"] if "servers" in override else []
-    one_line(capsys, "train", path, *engine, override, f"eval.prompts={world.prompts}")
+    options = [*engine, override, f"eval.prompts={world.prompts}"]
+    assert "PASSWORD" not in one_line(capsys, "train", path, *options)
     assert not (tmp_path / "run").exists()
+    main(["check", str(path), "--json", *options])
+    assert "PASSWORD" not in capsys.readouterr().out
 
 
 # --- the report ----------------------------------------------------------------------------------

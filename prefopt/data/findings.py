@@ -50,8 +50,11 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "special token in text": ("warning", "remove the markup of a chat template from the text"),
     "prompt repeated": ("warning", "cut the prompt from the head of the answer"),
     "role prefix": ("warning", "write turns as messages with roles, without prefixes in the text"),
+    "messages in a string": ("warning", "write messages as a list, not as text like one"),
+    "text beside conversations": ("warning", "write all rows as messages, or all as plain text"),
     "field not read": ("warning", "write what it says into content, or leave it out"),
     "column not read": ("warning", "write what it says into the prompt, or leave it out"),
+    "margin not used": ("note", "nothing to do, or train with algorithm reward_model"),
     # pairs
     "duplicate": ("warning", "remove the copies, or say data.sources weight if they are meant"),
     "contradictory": ("warning", "decide for one order, or give both one p_chosen near 0.5"),
@@ -90,6 +93,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "system prompt lost": ("warning", "set model.chat_template to one that renders it"),
     "EOS is PAD": ("note", "nothing to do: masks come from lengths, not from ids"),
     # models
+    "model": ("error", "copy or download the model again, with weights in safetensors"),
     "judge": ("error", "train the judge first, or correct its path"),
     "judge template": ("error", "save a chat template with the judge's tokenizer"),
     "judge context": ("warning", "lower rollout.max_new_tokens or max_prompt_length, or change it"),
@@ -170,10 +174,6 @@ class Findings:
     def count(self, severity: Severity) -> int:
         """How many findings are that severe."""
         return sum(finding.severity == severity for finding in self._found.values())
-
-    def has(self, kind: str) -> bool:
-        """Whether there is a finding of a kind."""
-        return any(known == kind for known, _ in self._found)
 
 
 def printable(text: str) -> str:

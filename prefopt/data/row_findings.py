@@ -233,6 +233,7 @@ def _conclude_labels(survey: Survey, findings: Findings) -> None:
         if 2 * against > len(values):
             found = f"by {name}, rejected is better in {against:,} of {len(values):,} rows"
             findings.add("columns reversed", found)
+            continue
         usual = name == "p_chosen" and values[0] == 0.5  # 1, as if the column were left out
         if len(values) >= _CONSTANT and not usual and min(values) == max(values):
             value = values[0] + (0.5 if name == "p_chosen" else 0)

@@ -375,6 +375,10 @@ def _message(item: Any, number: int, here: _Here) -> Message:
     if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
         found = f"the keys {', '.join(map(str, item))}" if isinstance(item, dict) else _name(item)
         expected = "an object with role and content"
+        if isinstance(item, dict) and {"from", "value"} <= item.keys():
+            expected += (
+                ": rename from to role and value to content, human to user, gpt to assistant"
+            )
         raise _bad(here, "wrong type", f"message {number}: found {found}, expected {expected}")
     role, content = item["role"], item["content"]
     if role not in tuple(_FOLLOWERS):  # a tuple, because what stands there may not be hashable

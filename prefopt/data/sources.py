@@ -210,7 +210,7 @@ def _read_file(file: Path) -> Iterator[LocatedRow]:
             f"{file}: not a readable gzip file ({error}); copy or download it again"
         ) from error
     except UnicodeDecodeError as error:
-        raise PrefoptError(f"{file}: not UTF-8 text ({error.reason}); convert it") from error
+        raise _not_text(file, error) from error
     except OSError as error:
         raise PrefoptError(f"{file}: cannot be read ({error.strerror or error})") from error
 
@@ -218,6 +218,29 @@ def _read_file(file: Path) -> Iterator[LocatedRow]:
 def _open_text(file: Path) -> IO[str]:
     opener = gzip.open if file.suffix == ".gz" else open
     return opener(file, "rt", encoding="utf-8-sig", newline="\n")
+
+
+def _not_text(file: Path, error: UnicodeDecodeError) -> PrefoptError:
+    """What to say of a file that is not UTF-8, with the first line that is not."""
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+        line = next(number for number, line in enumerate(handle, start=1) if not _is_utf8(line))
+        handle.seek(0)
+        start = handle.read(2)
+    remedy = "convert it"
+    if start == b"\x1f\x8b":
+        remedy = "it begins as gzip does: let its name end in .gz"
+    elif start in (b"\xff\xfe", b"\xfe\xff"):
+        remedy = "it begins as UTF-16 does: convert it"
+    where = f"{file}:{line}"
+    return PrefoptError(f"{where}: not UTF-8 text ({error.reason}); {remedy}", where=where)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_json(handle: IO[str], file: Path) -> Iterator[LocatedRow]:

@@ -28,6 +28,8 @@ _TEMPLATE_MARKUP = re.compile(
     r"|endoftext|end_of_turn|system|user|assistant|end)\|>"
     r"|<(?:start_of_turn|end_of_turn|bos|eos)>|\[/?INST\]|<</?SYS>>|</s>\s*\Z"
 )
+# A list of messages that was written into one cell, as JSON or as Python shows it.
+_MESSAGES = re.compile(r"\s*\[\s*\{\s*(['\"])(?:role|content|from|value)\1\s*:")
 _ROLES = "Human|Assistant|User|Bot|### (?:Human|Assistant|Instruction|Response)"
 _PREFIX = re.compile(rf"(?:\A\s*|\n\n)({_ROLES}):(?=\s)")
 REPEATED = 20  # characters that a prompt must have before its repetition counts
@@ -57,6 +59,8 @@ class TextChecks:
                 yield "mojibake", _around(text, place)
         if (control := _CONTROL.search(text)) and not (garbled and control[0] > "\x7f"):
             yield "control character", f"{control[0]!a} in {_around(text, control.start())}"
+        if _MESSAGES.match(text):
+            yield "messages in a string", _around(text, 0)
         marked = (self._own and self._own.search(text)) or _TEMPLATE_MARKUP.search(text)
         if marked:
             spelled = marked[0].strip()

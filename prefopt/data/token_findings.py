@@ -161,7 +161,9 @@ def _told(lengths: NDArray[np.int64], limit: Limit) -> tuple[str, str]:
         f"99 % {p99:,}, all {most:,}"
     )
     more = limit.beside
-    remedy = f"{limit.key}={p99 + more} would keep 99 % of the rows, {most + more} all"
+    remedy = f"{limit.key}={most + more} would keep all rows"
+    if p99 < most:
+        remedy = f"{limit.key}={p99 + more} would keep 99 % of the rows, {most + more} all"
     return found, remedy
 
 

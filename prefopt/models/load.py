@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from httpx import HTTPError
 from huggingface_hub import model_info, snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -182,6 +183,42 @@ def load_reward_model(
     return _prepared(model) if quantization else model
 
 
+def check_weights(path: str) -> None:
+    """Looks whether a local folder has weights that can be loaded; reads no tensor.
+
+    Args:
+        path: A local folder; of a Hub id nothing is known before its weights are there.
+
+    Raises:
+        PrefoptError: There are none, they are pickles, or a file is missing or cut off.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    _refuse_pickles(folder)
+    files = {*folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files |= {
+                folder / name for name in json.loads(index.read_text())["weight_map"].values()
+            }
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise PrefoptError(
+                f"model path {path!r}: {index.name} is no index of weights"
+            ) from error
+    if not files:
+        raise PrefoptError(f"model path {path!r}: found no weights there, expected *.safetensors")
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # the header, and whether the file is as long as it says
+        except (OSError, SafetensorError) as error:
+            raise PrefoptError(
+                f"model path {path!r}: {file.name} cannot be read ({error}); copy or download it "
+                "again"
+            ) from error
+
+
 def check_quantization(name: str | None) -> None:
     """Finds out whether this machine can load quantised weights.
 
@@ -259,7 +296,7 @@ def _load(load: Callable[..., T], path: str, what: str, **kwargs: Any) -> T:
     if load not in (AutoTokenizer.from_pretrained, AutoConfig.from_pretrained, snapshot_download):
         kwargs["adapter_kwargs"] = local  # the search for an adapter does not inherit the setting
         if local["local_files_only"]:
-            _check_weights(Path(path))
+            _refuse_pickles(Path(path))
         kwargs["use_safetensors"] = True  # never a pickle, which may run code as it is loaded
     try:
         return load(path, **local, **kwargs)
@@ -285,7 +322,7 @@ def _expected(reason: str) -> str:
     )
 
 
-def _check_weights(folder: Path) -> None:
+def _refuse_pickles(folder: Path) -> None:
     """Refuses a folder whose weights are pickles only."""
     for pattern, name in (
         ("pytorch_model*.bin", "model*.safetensors"),

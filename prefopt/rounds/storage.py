@@ -115,11 +115,15 @@ def append(path: Path, lines: str) -> None:
             raise
 
 
-def read_appended(path: Path) -> list[dict[str, Any]]:
+def read_appended(path: Path, **columns: type) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines to which lines are added one by one.
 
-    What is no whole line, such as the last one of a killed process, is cut out, so that the next
-    line begins as one; what it said is for the caller to make again.
+    What is no whole line, such as the last one of a killed process, or lacks a column is cut out,
+    so that the next line begins as one; what it said is for the caller to make again.
+
+    Args:
+        path: The file; one that is not there has no objects.
+        columns: What every object has, and of which type.
     """
     if not path.exists():
         return []
@@ -128,8 +132,10 @@ def read_appended(path: Path) -> list[dict[str, Any]]:
     values, whole = [], []
     for number, line in enumerate(lines, start=1):
         value = _object(line)
-        if value is None:
-            logger.warning("%s:%d: found no JSON object; the line is taken out", path, number)
+        if value is None or not all(isinstance(value.get(c), t) for c, t in columns.items()):
+            what = ", ".join(columns)
+            what = f"JSON object with {what}" if what else "JSON object"
+            logger.warning("%s:%d: found no %s; the line is taken out", path, number, what)
         else:
             values.append(value)
             whole.append(line)

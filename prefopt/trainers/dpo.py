@@ -180,6 +180,13 @@ def pair_metrics(log_probs: Tensor, reference: Tensor, beta: float) -> dict[str,
 
 
 def check_columns(loss_type: str, dataset: TreeDataset, name: str) -> None:
+    """Refuses labels as `check_labels` does, and says so where margins are not used."""
+    check_labels(loss_type, dataset, name)
+    if "margin" in dataset.columns:
+        logger.warning("%s: the margins are not used by dpo", name)
+
+
+def check_labels(loss_type: str, dataset: TreeDataset, name: str) -> None:
     """Refuses soft labels that a loss cannot use, or that it needs and are not there.
 
     Raises:
@@ -193,5 +200,3 @@ def check_columns(loss_type: str, dataset: TreeDataset, name: str) -> None:
             f"{name} holds soft labels (p_chosen), which loss_type {loss_type!r} does not define; "
             "remove the column or use another loss, such as sigmoid"
         )
-    if "margin" in dataset.columns:
-        logger.warning("%s: the margins are not used by dpo", name)

@@ -160,7 +160,8 @@ folders = st.fixed_dictionaries(
     optional={
         "metrics.jsonl": _lines(metrics),
         "recipe.yaml": st.binary(max_size=9),
-        "environment.json": st.binary(max_size=9),
+        "environment.json": st.binary(max_size=9)
+        | _object(st.fixed_dictionaries({"determinism": plain})),
         "summary.json": _object(summaries),
         "samples.jsonl": _lines(samples),
         "evaluations/baseline.jsonl": _lines(answered),
@@ -188,4 +189,4 @@ def report(files: dict[str, bytes]) -> None:
         assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
-REPORTS = Target(folders, report)
+REPORTS = Target(folders, report, {"brackets": {"environment.json": DEEP}})

@@ -48,8 +48,10 @@ def read_json(case: tuple[list[dict[str, Any]], str]) -> None:
     name = "data.json" if kind.startswith("list") else "data.jsonl"
     if "gz" in kind:
         name, content = f"{name}.gz", gzip.compress(content, 1)
-    found = read_file(file_of(name, content))
+    path = file_of(name, content)
+    found = read_file(path)
     assert found is not None
+    assert [where for where, _ in found] == [f"{path}:{n}" for n in range(1, len(written) + 1)]
     assert json.dumps([row for _, row in found]) == json.dumps(written)
 
 

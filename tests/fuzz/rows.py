@@ -32,7 +32,7 @@ messages = st.fixed_dictionaries(
 def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Turns in the right order, most of them with text."""
     turns = [{"role": "system", "content": "Be brief."}] if draw(st.booleans()) else []
-    for number in range(draw(st.integers(1, 4))):
+    for number in range(draw(st.sampled_from([1, 3, 2, 4]))):
         turns.append({"role": ("user", "assistant")[number % 2], "content": draw(words)})
     return turns
 
@@ -47,15 +47,21 @@ COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "p_chosen",
 
 @st.composite
 def pairs(draw: st.DrawFn) -> dict[str, Any]:
-    """Rows of the four layouts, right or nearly so."""
-    prompt = draw(conversations() | words)
+    """Rows of the layouts, right or nearly so."""
+    prompt = draw(conversations() | conversations() | words)
     answers = [[{"role": "assistant", "content": draw(words)}] for _ in range(2)]
-    shape = draw(st.sampled_from(["message", "text", "whole"]))
+    shape = draw(st.sampled_from(["message", "text", "whole", "transcript"]))
     if shape == "text":
         return {"prompt": prompt, **_two([a[0]["content"] for a in answers])}
     if shape == "message" or isinstance(prompt, str):
         return {"prompt": prompt, **_two(answers)}
-    return _two([prompt + answer for answer in answers])
+    whole = [prompt + answer for answer in answers]
+    return _two([_transcript(turns) for turns in whole] if shape == "transcript" else whole)
+
+
+def _transcript(turns: list[dict[str, Any]]) -> str:
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[t['role']]}: {t['content']}" for t in turns if t["role"] in names)
 
 
 def _two(answers: list[Any]) -> dict[str, Any]:
@@ -92,6 +98,8 @@ def parse(found: list[dict[str, Any]]) -> None:
             assert 0 <= pair.p_chosen <= 1
             assert pair.where == where
             assert parse_prompt(row, where) == pair.prompt
+            check_side(pair.prompt, pair.chosen, row, "chosen")
+            check_side(pair.prompt, pair.rejected, row, "rejected")
         for demonstration in _parsed(parse_demonstrations, row, where) or []:
             check_answer(demonstration.prompt, demonstration.completion)
         for column in ("chosen", "completion", "messages", "other"):
@@ -105,6 +113,29 @@ def parse(found: list[dict[str, Any]]) -> None:
     if isinstance(kept, tuple):
         assert (len(kept[0]), sum(kept[1].values())) == (good, len(found) - good)
     assert isinstance(attempt(validate, located, parse_pair), tuple) == (good == len(found))
+
+
+def check_side(prompt: Prompt, answer: Completion, row: dict[str, Any], side: str) -> None:
+    """The prompt and the answer are what stands in the row, all of it and in its order."""
+    value, asked = row[side], row.get("prompt")
+    said = answer if isinstance(answer, str) else answer[0]["content"]
+    if isinstance(value, list):
+        assert value[-1]["content"] == said
+        asked = value[:-1] or asked
+    elif "prompt" in row:
+        assert value == said
+    else:  # a transcript
+        assert value.lstrip().startswith("Human:")
+        assert value.endswith(said)
+        assert _turns(prompt)[0][0] == "user"
+        assert all(content in value for _, content in _turns(prompt))
+        return
+    assert _turns(asked) == _turns(prompt)
+
+
+def _turns(prompt: Any) -> list[tuple[str, str]]:
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [(turn["role"], turn["content"]) for turn in turns]
 
 
 def _parsed(parser: Any, row: dict[str, Any], where: str, *more: str) -> Any:

@@ -183,7 +183,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
-        if path.name in ("environment.json", "recipe.yaml") or path.is_dir():
+        if path.name in (".lock", "environment.json", "recipe.yaml") or path.is_dir():
             continue
         if path.name == "adapter_config.json":  # PEFT writes a set of names as a list
             config = json.loads(path.read_text())

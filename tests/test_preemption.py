@@ -394,11 +394,10 @@ import json, os, signal, sys
 from pathlib import Path
 
 import torch.distributed as dist
-from test_preemption import TerminateAfter, collecting, waiting
-from test_rounds import PROMPTS, Graded, fine, make_trainer, tiny_policy
+from test_preemption import TerminateAfter, waiting
+from test_rounds import PROMPTS, Graded, equal, fine, make_trainer, weights
 
 from prefopt.preemption import Preempted
-from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 told = []
@@ -425,6 +424,14 @@ for run, judge, callbacks in (
             trainer.train()
     except Preempted as stop:
         told.append(f"{run}: {stop}")
+ends = []
+for run in ("whole", "step"):
+    trainer = make_trainer(folder / run, prompts=PROMPTS[:8], prompts_per_shard=1,
+                           per_device_train_batch_size=1, ddp_backend="gloo")
+    newest = trainer.newest_checkpoint()
+    trainer.train(resume_from_checkpoint=newest and str(newest))
+    ends.append(weights(trainer.model))
+told.append(equal(*ends))
 everyone = [None] * 2
 dist.all_gather_object(everyone, told)
 if rank == 0:
@@ -451,6 +458,7 @@ def test_all_processes_end_where_one_is_asked(tmp_path: Path) -> None:
     assert first == second
     assert first[0] == f"step: saved at step 2 as {tmp_path}/step/checkpoint-2"
     assert first[1].startswith("judge: saved at step 4 as ")
+    assert first[2], "what goes on ends like a run that was not interrupted"
     judged = list((tmp_path / "judge" / "rounds" / "0001" / "draw-0").glob("judgements-*"))
     assert 1 <= len(judged) < 4, "the second process left two shards of its own behind"
 

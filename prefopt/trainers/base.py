@@ -145,6 +145,8 @@ class CompleteCheckpoints(FiniteSteps):
                 args.n_gpu,
             )
             args._n_gpu = 1  # nn.DataParallel cannot split trees
+        if args.device.type == "cpu":  # cpu:0 among several processes: torch.load knows no such
+            vars(args)["_setup_devices"] = torch.device("cpu")
         super().__init__(args=args, **kwargs)
         self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)

@@ -1,7 +1,7 @@
 """The same recipe and seed give the same weights on CPU, bit for bit; what may differ is said.
 
-Runs are tiny; what takes the time, some forty seconds, is that two processes of different hash
-seeds train all ten algorithms.
+Runs are tiny. Some 50 s of CPU, half of it in two processes of different hash seeds, each of which
+trains all ten algorithms.
 """
 
 from __future__ import annotations

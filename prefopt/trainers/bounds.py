@@ -98,7 +98,9 @@ class BoundsGuard(TrainerCallback):
         Where a bound ends training nothing is taken up: the same command is to end again.
         """
         step = state.global_step
-        self.said = {(row["guard"], row["bound"]) for row in self._rows() if row["step"] <= step > 0}
+        self.said = {
+            (row["guard"], row["bound"]) for row in self._rows() if row["step"] <= step > 0
+        }
         self.holding = {guard for guard, bound in self.said if bound is None}
         for name in KL:
             values = [line[name] for line in state.log_history if name in line]
@@ -112,7 +114,9 @@ class BoundsGuard(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says where no KL came to be watched, as of samples with something cut off."""
         if self.bounds.max_kl and not self.measured and "max_kl" not in self._unseen():
-            logger.warning("guards.max_kl was not watched: this run measured no KL while it trained")
+            logger.warning(
+                "guards.max_kl was not watched: this run measured no KL while it trained"
+            )
 
     def _unseen(self) -> dict[str, str]:
         """Why, by name of a bound that is set."""

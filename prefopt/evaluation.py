@@ -209,7 +209,7 @@ class Evaluation:
 
     def _raise_alarm(self, message: str, numbers: dict[str, Any]) -> None:
         """Leaves to the guards what is to be done; without any, training ends."""
-        watcher = getattr(self.trainer, "watcher", None)
+        watcher = self.trainer.watcher
         if watcher is None:
             self.trainer.end_early(PrefoptError(message))
         else:

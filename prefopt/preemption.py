@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import current_thread, main_thread
@@ -66,17 +66,29 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
         os.write(2, b"SIGTERM: ends at the next safe point\n")  # logging may hold its lock
 
 
-@contextmanager
-def at_safe_points() -> Iterator[None]:
-    """Has SIGTERM wait inside the block until :func:`leave_if_asked` is called."""
-    if _watch is None:
-        yield
-        return
-    _watch.waits = True
-    try:
-        yield
-    finally:
-        _watch.waits = False
+def begin_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Has a data worker outlive SIGTERM, which clusters send to all processes of a job.
+
+    One that ended would take the trainer along before its next safe point. Whoever loads data tells
+    workers otherwise when they are to end.
+
+    Args:
+        then: What else is done as a worker begins.
+        worker: Its number.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+def wait_for_safe_points() -> None:
+    """Has SIGTERM wait from here on until :func:`leave_if_asked` is called.
+
+    A run that has come to its last safe point, or has failed, ends as it would have: a launcher
+    sends SIGTERM to all processes when the first one ends.
+    """
+    if _watch is not None:
+        _watch.waits = True
 
 
 def asked() -> bool:

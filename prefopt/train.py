@@ -41,7 +41,7 @@ from prefopt.models.load import (
     load_tokenizer,
     loaded_whole,
 )
-from prefopt.preemption import at_safe_points
+from prefopt.preemption import wait_for_safe_points
 from prefopt.recipe import Recipe, SamplingPart, load_recipe
 from prefopt.reward_models import JUDGES, load_judge
 from prefopt.reward_models.preference_trainer import (
@@ -370,24 +370,24 @@ def _train(recipe: Recipe, args: Any) -> dict[str, Any]:
         checkpoint = from_main(partial(resumable, folder))
         before = seconds_until(checkpoint)
         trainer.started = time.monotonic() - before
-        with at_safe_points():
-            outcome = trainer.train(resume_from_checkpoint=_as_text(checkpoint))
-            result = {
-                "algorithm": recipe.trainer.algorithm,
-                "rows": len(rows.train),
-                "dropped": vars(rows.train.dropped) | rows.invalid,
-                "steps": trainer.state.global_step,
-                "seconds": before + outcome.metrics["train_runtime"],
-            }
-            with trainer.saved_on_early_end():
-                trainer.safe_point()
-                result |= _last_look(trainer, recipe)
-                trainer.safe_point()
-            save_final(trainer, recipe)
-            if main:
-                shutil.rmtree(folder / "weights", ignore_errors=True)  # what servers were pushed
-                atomic_write(summary, json.dumps(result, indent=2) + "\n")
-            trainer.accelerator.wait_for_everyone()  # the first to end takes the others along
+        wait_for_safe_points()
+        outcome = trainer.train(resume_from_checkpoint=_as_text(checkpoint))
+        result = {
+            "algorithm": recipe.trainer.algorithm,
+            "rows": len(rows.train),
+            "dropped": vars(rows.train.dropped) | rows.invalid,
+            "steps": trainer.state.global_step,
+            "seconds": before + outcome.metrics["train_runtime"],
+        }
+        with trainer.saved_on_early_end():
+            trainer.safe_point()
+            result |= _last_look(trainer, recipe)
+            trainer.safe_point()
+        save_final(trainer, recipe)
+        if main:
+            shutil.rmtree(folder / "weights", ignore_errors=True)  # what servers were pushed
+            atomic_write(summary, json.dumps(result, indent=2) + "\n")
+        trainer.accelerator.wait_for_everyone()  # the first to end takes the others along
     except ImportError as error:
         raise PrefoptError(f"a package is missing for this recipe: {error}") from error
     return result

@@ -209,6 +209,45 @@ def test_a_guard_that_is_late_lets_the_run_end(
     trainer.safe_point()
 
 
+def test_the_evaluation_of_what_training_ended_with_ends_nothing(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is made once the last step is taken; `prefopt train` comes to a safe point after it."""
+    trainer = make("run", rounds=1)
+    watched(trainer, max_kl=2.0)
+    trainer.train()
+    caplog.set_level(logging.WARNING, logger="prefopt")
+    Trainer.log(trainer, {"evaluation/kl": 2.1})
+    trainer.safe_point()
+    assert [row["guard"] for row in found(trainer)] == ["max_kl"]
+    assert "the last step was taken by then" in caplog.text
+
+
+def test_a_resumed_run_warns_of_what_lasts_once(make: Make) -> None:
+    """Of a KL and a length beyond bounds, and of samples without an end, from the first round on.
+
+    Another bound is another warning.
+    """
+    options = {**STEPS, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 9}
+    bounds = {"max_kl": 1e-9, "max_mean_length": 0.5, "action": "warn"}
+    whole = make("run", "nash_mp", model=brief_policy(), **options)
+    watched(whole, **bounds)
+    whole.train()
+    path = Path(whole.args.output_dir) / "guards.jsonl"
+    first = read_lines(path)
+    assert {row["guard"] for row in first} >= {"max_kl", "max_mean_length"}
+    checkpoint = str(Path(whole.args.output_dir) / "checkpoint-6")
+    resumed = make("run", "nash_mp", model=brief_policy(), **options)
+    watched(resumed, **bounds)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert read_lines(path) == first
+    other = make("run", "nash_mp", model=brief_policy(), **options)
+    watched(other, **bounds | {"max_mean_length": 0.6})
+    other.train(resume_from_checkpoint=checkpoint)
+    more = [row for row in read_lines(path) if row not in first]
+    assert [(row["guard"], row["bound"]) for row in more] == [("max_mean_length", 0.6)]
+
+
 def dpo(tiny_llama: Any, random_trees: Any, folder: Path) -> DPOTrainer:
     args = DPOConfig(
         output_dir=str(folder), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
@@ -276,8 +315,12 @@ def test_sft_stops_at_a_loss_that_is_no_number(tiny_llama: Any, tmp_path: Path) 
     )  # fmt: skip
     rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 8 + n]} for n in range(4)]
     trainer = SFTTrainer(model, args, rows, processing_class=TOKENIZER)
-    with pytest.raises(PrefoptError, match="step 1: not finite: loss, gradient"):
+    watched(trainer)
+    with pytest.raises(PrefoptError, match="step 1: not finite: loss, gradient") as stop:
         trainer.train()
+    (line,) = read_lines(tmp_path / "guards.jsonl")
+    assert (line["guard"], line["action"], line["step"]) == ("not_finite", "stop", 0)
+    assert line["message"] == str(stop.value)
     (path,) = (tmp_path / "non-finite").iterdir()
     (part,) = json.loads(path.read_text())["micro_batches"]
     assert part["columns"]["input_ids"][0][:2] == [5, 6]

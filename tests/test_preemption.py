@@ -1,12 +1,13 @@
 """SIGTERM at every stage: what is saved, how the process ends, and that nothing is lost by it.
 
-Within this process the signal is a real one, sent from where a stage is at work. About 30 s, since
-three tests start processes, which import torch and transformers.
+Within this process the signal is a real one, sent from where a stage is at work. Some 50 s of CPU:
+four processes that train import torch and transformers.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -42,7 +43,7 @@ from transformers import TrainerCallback
 from prefopt import preemption
 from prefopt.cli import main
 from prefopt.errors import PrefoptError
-from prefopt.preemption import Preempted, at_safe_points, watch_sigterm
+from prefopt.preemption import Preempted, wait_for_safe_points, watch_sigterm
 from prefopt.rollout.hf_engine import TransformersEngine
 from prefopt.rounds.log_probs import LogProbShards
 from prefopt.run_lock import run_lock
@@ -66,7 +67,8 @@ def terminate() -> None:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    with watch_sigterm(), at_safe_points():
+    with watch_sigterm():
+        wait_for_safe_points()
         yield
 
 
@@ -104,6 +106,15 @@ def test_the_signal_is_raised_at_once_or_waits_for_a_safe_point() -> None:
             preemption.leave_if_asked()
     assert not preemption.asked()
     preemption.leave_if_asked()  # nobody watches any more
+
+
+def test_an_error_is_not_taken_for_pre_emption() -> None:
+    """A launcher sends SIGTERM to the others when one process fails."""
+    with pytest.raises(PrefoptError), waiting():
+        try:
+            raise PrefoptError("another")
+        finally:
+            terminate()
 
 
 def test_a_forked_worker_ends_as_if_nobody_watched() -> None:
@@ -163,6 +174,26 @@ def test_a_pre_empted_run_ends_like_an_uninterrupted_one(
         resumed = make_dpo(f"stopped-{step}")
         resumed.train(resume_from_checkpoint=str(checkpoint))
         assert equal(weights(whole.model), weights(resumed.model)), step
+
+
+class TerminateWorkers(TrainerCallback):
+    """Sends SIGTERM to all processes of a job, as SLURM does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+            subprocess.run(["kill", *workers], check=True)  # torch's take it from a parent in peace
+            terminate()
+            time.sleep(0.2)  # for the word of a worker's death, if there is one
+
+
+def test_data_workers_that_get_the_signal_too_do_not_end_the_run(
+    make_dpo: Callable[..., DPOTrainer],
+) -> None:
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    checkpoint = preempted(make_dpo("run", TerminateWorkers(), **options))
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-2"
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(
@@ -394,11 +425,10 @@ import json, os, signal, sys
 from pathlib import Path
 
 import torch.distributed as dist
-from test_preemption import TerminateAfter, collecting, waiting
-from test_rounds import PROMPTS, Graded, fine, make_trainer, tiny_policy
+from test_preemption import TerminateAfter, waiting
+from test_rounds import PROMPTS, Graded, equal, fine, make_trainer, weights
 
 from prefopt.preemption import Preempted
-from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 told = []
@@ -425,6 +455,14 @@ for run, judge, callbacks in (
             trainer.train()
     except Preempted as stop:
         told.append(f"{run}: {stop}")
+ends = []
+for run in ("whole", "step"):
+    trainer = make_trainer(folder / run, prompts=PROMPTS[:8], prompts_per_shard=1,
+                           per_device_train_batch_size=1, ddp_backend="gloo")
+    newest = trainer.newest_checkpoint()
+    trainer.train(resume_from_checkpoint=newest and str(newest))
+    ends.append(weights(trainer.model))
+told.append(equal(*ends))
 everyone = [None] * 2
 dist.all_gather_object(everyone, told)
 if rank == 0:
@@ -451,6 +489,7 @@ def test_all_processes_end_where_one_is_asked(tmp_path: Path) -> None:
     assert first == second
     assert first[0] == f"step: saved at step 2 as {tmp_path}/step/checkpoint-2"
     assert first[1].startswith("judge: saved at step 4 as ")
+    assert first[2], "what goes on ends like a run that was not interrupted"
     judged = list((tmp_path / "judge" / "rounds" / "0001" / "draw-0").glob("judgements-*"))
     assert 1 <= len(judged) < 4, "the second process left two shards of its own behind"
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from prefopt.disk import check_space, writing
 from prefopt.errors import PrefoptError
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.layout_check import layout_for
+from prefopt.preemption import begin_worker
 from prefopt.rounds.processes import from_main
 from prefopt.trainers.checkpoints import (
     ASIDE,
@@ -145,6 +147,8 @@ class CompleteCheckpoints(FiniteSteps):
                 args.n_gpu,
             )
             args._n_gpu = 1  # nn.DataParallel cannot split trees
+        if args.device.type == "cpu":  # cpu:0 among several processes: torch.load knows no such
+            vars(args)["_setup_devices"] = torch.device("cpu")
         super().__init__(args=args, **kwargs)
         self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)
@@ -180,8 +184,10 @@ class CompleteCheckpoints(FiniteSteps):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
+        base = loader.base_dataloader
         # its own: a pass would draw from the global one, unless its workers outlived the last pass
-        loader.base_dataloader.generator = torch.Generator()
+        base.generator = torch.Generator()
+        base.worker_init_fn = partial(begin_worker, base.worker_init_fn)
         return loader
 
     def ends_after(self, done: int) -> bool:

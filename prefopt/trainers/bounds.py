@@ -75,15 +75,16 @@ class BoundsGuard(TrainerCallback):
     ) -> None:
         self.trainer, self.bounds, self.path = trainer, bounds, path
         self.holding: set[str] = set()  # what was crossed when it was last looked at
+        self.said: set[tuple[str, float | None]] = set()  # guard and bound, by earlier processes
         self.equal = 0  # rounds in a row
         self.measured = False  # whether there was a KL
         trainer.add_callback(self)
-        if isinstance(trainer, RoundTrainer):
-            trainer.watcher = self
+        trainer.watcher = self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins to count; names what cannot be watched."""
-        self.holding, self.equal = set(), 0
+        """Begins to count, or goes on with it; names what cannot be watched."""
+        self.equal = 0
+        self._go_on(state)
         if unseen := self._unseen():
             logger.warning(
                 "guards: %s cannot be watched here: %s",
@@ -91,10 +92,31 @@ class BoundsGuard(TrainerCallback):
                 "; ".join(dict.fromkeys(unseen.values())),
             )
 
+    def _go_on(self, state: Any) -> None:
+        """Takes up what an earlier process has warned of, which is not said again while it lasts.
+
+        Where a bound ends training nothing is taken up: the same command is to end again.
+        """
+        step = state.global_step
+        self.said = {
+            (row["guard"], row["bound"]) for row in self._rows() if row["step"] <= step > 0
+        }
+        self.holding = {guard for guard, bound in self.said if bound is None}
+        for name in KL:
+            values = [line[name] for line in state.log_history if name in line]
+            if values and self.bounds.max_kl is not None:
+                self._take_up("max_kl", name, values[-1] > self.bounds.max_kl, self.bounds.max_kl)
+
+    def _take_up(self, guard: str, metric: str, crossed: bool, bound: float) -> None:
+        said = self.bounds.action == "warn" and (guard, bound) in self.said
+        (self.holding.add if crossed and said else self.holding.discard)(f"{guard} {metric}")
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says where no KL came to be watched, as of samples with something cut off."""
         if self.bounds.max_kl and not self.measured and "max_kl" not in self._unseen():
-            logger.warning("guards.max_kl was not watched: this run measured no KL")
+            logger.warning(
+                "guards.max_kl was not watched: this run measured no KL while it trained"
+            )
 
     def _unseen(self) -> dict[str, str]:
         """Why, by name of a bound that is set."""
@@ -133,25 +155,29 @@ class BoundsGuard(TrainerCallback):
         spread = report.get("judge/spread")
         if spread is not None:
             self.equal = self.equal + 1 if spread == 0 else 0
-        if not begins:  # an earlier process has said what there was to say
-            return
         where = f"round {report['round'] + 1}: "  # as it is announced
+        length, finished = report.get("rollout/length"), report.get("rollout/finished")
+        seen: list[tuple[str, bool, float, float, str]] = []
         if bounds.equal_scores is not None and spread is not None:
             told = f"the judge told no sample apart, in {self.equal} rounds in a row"
             crossed = self.equal >= bounds.equal_scores
-            self._look("equal_scores", "", crossed, self.equal, bounds.equal_scores, where + told)
-        length, finished = report.get("rollout/length"), report.get("rollout/finished")
+            seen.append(("equal_scores", crossed, self.equal, bounds.equal_scores, told))
         if bounds.max_mean_length is not None and length is not None:
             bound = bounds.max_mean_length
             told = f"samples have {length:.4g} tokens on average, above {bound:g}"
-            self._look("max_mean_length", "", length > bound, length, bound, where + told)
+            seen.append(("max_mean_length", length > bound, length, bound, told))
         if bounds.min_finished is not None and finished is not None:
             bound = bounds.min_finished
             told = f"{finished:.1%} of samples end by themselves (EOS), below {bound:.1%}"
-            self._look("min_finished", "", finished < bound, finished, bound, where + told)
-        elif finished == 0:
+            seen.append(("min_finished", finished < bound, finished, bound, told))
+        for guard, crossed, value, bound, told in seen:
+            if begins:
+                self._look(guard, "", crossed, value, bound, where + told)
+            else:  # an earlier process has said what there was to say
+                self._take_up(guard, "", crossed, bound)
+        if begins and finished == 0 and bounds.min_finished is None:
             self._warn_once("finished", finished, where + "no sample ended by itself (EOS)")
-        if report.get("rollout/empty") == 1:
+        if begins and report.get("rollout/empty") == 1:
             self._warn_once("empty", 1.0, where + "all samples are empty")
 
     def _warn_once(self, guard: str, value: float, told: str) -> None:
@@ -191,16 +217,25 @@ class BoundsGuard(TrainerCallback):
                 )
             )
 
+    def write_down(self, guard: str, message: str) -> None:
+        """Adds to the file what another guard ends training with at once."""
+        self._write(guard, None, None, "stop", message)
+
     def _record(
         self, guard: str, value: float, bound: float | None, action: str, message: str
     ) -> None:
-        """Logs what a guard found, and adds it to the file; found again, it stands there once."""
-        step = self.trainer.state.global_step
-        logger.warning("guard at step %d: %s", step, message)
+        """Logs what a guard found, and adds it to the file."""
+        logger.warning("guard at step %d: %s", self.trainer.state.global_step, message)
+        self._write(guard, value, bound, action, message)
+
+    def _write(
+        self, guard: str, value: float | None, bound: float | None, action: str, message: str
+    ) -> None:
+        """Adds a line to the file; what is found again stands there once."""
         if self.path is None or not self.trainer.is_world_process_zero():
             return
-        rows = read_lines(self.path) if self.path.exists() else []
-        kept = [row for row in rows if row["guard"] != guard or row["step"] < step]
+        step = self.trainer.state.global_step
+        kept = [row for row in self._rows() if row["guard"] != guard or row["step"] < step]
         found = {
             "guard": guard,
             "step": step,
@@ -210,3 +245,6 @@ class BoundsGuard(TrainerCallback):
             "message": message,
         }
         atomic_write(self.path, json_lines([*kept, found]))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return read_lines(self.path) if self.path is not None and self.path.exists() else []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl
@@ -14,6 +14,41 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from prefopt.preemption import Preempted, leave_if_asked
 
 logger = logging.getLogger(__name__)
+
+LATE = "the last step was taken by then: the run ends as it would have"
+
+
+class Watcher(Protocol):
+    """Looks at the samples of each round, and hears of what other guards find."""
+
+    def after_sampling(self, report: Mapping[str, Any], begins: bool) -> None:
+        """Runs when a round is on disk; to end training before it, it calls ``end_early``.
+
+        Args:
+            report: The round's ``round.json``.
+            begins: False for a round that an earlier process has begun to train on.
+        """
+        ...
+
+    def found(self, guard: str, value: float, bound: float | None, message: str) -> None:
+        """Does what is to be done where another guard has found something.
+
+        Args:
+            guard: Its name.
+            value: What was seen.
+            bound: What was expected at most, or at least.
+            message: What was seen, where, and what to try.
+        """
+        ...
+
+    def write_down(self, guard: str, message: str) -> None:
+        """Keeps what another guard ends training with at once.
+
+        Args:
+            guard: Its name.
+            message: What was seen, where, and what to try.
+        """
+        ...
 
 
 class EndsEarly(Trainer):
@@ -24,6 +59,8 @@ class EndsEarly(Trainer):
     """
 
     control: TrainerControl
+    watcher: Watcher | None = None
+    over = False  # whether the last step was taken
     ending: Exception | None = None  # what the next safe point raises
     between_steps = False  # whether model or optimiser have moved on since ``state.global_step``
 
@@ -41,7 +78,9 @@ class EndsEarly(Trainer):
         Callbacks may call it at any time, on all processes alike; the first error counts. Where the
         last step has been taken, training ends as it would have.
         """
-        if self.ending is None:
+        if self.over:
+            logger.warning(LATE)
+        elif self.ending is None:
             self.ending = error
 
     def safe_point(self) -> None:
@@ -90,9 +129,13 @@ class _TrainingEnds(TrainerCallback):
     def __init__(self, trainer: EndsEarly) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.over = False
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.over = True
         if self.trainer.ending is not None:
-            logger.warning("the last step was taken by then: the run ends as it would have")
+            logger.warning(LATE)
             self.trainer.ending = None
 
 

@@ -71,8 +71,11 @@ class FiniteSteps(EndsEarly):
         path = output_dir / "non-finite" / f"step-{step:06d}-process-{self.args.process_index}.json"
         write_step(path, step, found, norms, self._step)
         checkpoint = self.newest_checkpoint()
+        error = finite_error(step, found, path, checkpoint, self.args, self.compute_dtype)
+        if self.watcher is not None:
+            self.watcher.write_down("not_finite", str(error))
         self.accelerator.wait_for_everyone()  # the first to fail has the launcher end the others
-        raise finite_error(step, found, path, checkpoint, self.args, self.compute_dtype)
+        raise error
 
 
 class _NewStep(TrainerCallback):

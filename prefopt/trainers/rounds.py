@@ -12,11 +12,11 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,30 +84,6 @@ class OpenRound:
         return self.start + self.steps
 
 
-class Watcher(Protocol):
-    """Looks at the samples of each round, and hears of what other guards find."""
-
-    def after_sampling(self, report: Mapping[str, Any], begins: bool) -> None:
-        """Runs when a round is on disk; to end training before it, it calls ``end_early``.
-
-        Args:
-            report: The round's ``round.json``.
-            begins: False for a round that an earlier process has begun to train on.
-        """
-        ...
-
-    def found(self, guard: str, value: float, bound: float | None, message: str) -> None:
-        """Does what is to be done where another guard has found something.
-
-        Args:
-            guard: Its name.
-            value: What was seen.
-            bound: What was expected at most, or at least.
-            message: What was seen, where, and what to try.
-        """
-        ...
-
-
 class RoundTrainer(TreeTrainer):
     """Base of the trainers that sample.
 
@@ -131,7 +107,6 @@ class RoundTrainer(TreeTrainer):
     """
 
     config: type[RoundConfig] = RoundConfig
-    watcher: Watcher | None = None
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from faults.runs import Bench, differences, leftovers, random_moment, scaled
 from faults.table import Event, Fault, counts, fault
 
 KILLED = 2  # runs of each case
-DAMAGES = 5  # to each of them, one after another, each to all as it was
+DAMAGES = 4  # to each of them, one after another, each to all as it was
 SHARDS = 2  # of these to a shard of a round, where there is any
 OWED = 20  # damaged shards of rounds in all
 AGAIN, REFUSED, UNREAD = "made again or not needed", "refused, with the remedy", "not read again"

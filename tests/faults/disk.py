@@ -26,7 +26,7 @@ from faults.runs import (
 )
 from faults.table import Event, Fault, counts, fault, phases
 
-EVENTS = 4  # of each case
+EVENTS = 3  # of each case
 OWED = 20  # of all
 MIB = 2**20
 PAGE = 4096

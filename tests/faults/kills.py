@@ -31,8 +31,8 @@ from prefopt.trainers import TRAINERS
 from prefopt.trainers.checkpoints import step_of
 
 PREEMPTED = 75
-KILLS = 15  # of each case on each clock
-PREEMPTIONS = 3  # likewise
+KILLS = 8  # of each case on each clock
+PREEMPTIONS = 2  # likewise
 OWED = 100  # of all
 FROM_THE_SHELL = 3  # kills of each of these, started by the full command line
 SHELL_CASES = ("dpo", "inpo", "ppo")

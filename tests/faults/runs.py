@@ -31,7 +31,7 @@ from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.world import build_world
 from prefopt.world.tokenizer import world_tokenizer
 
-TIMEOUT = 120.0  # seconds after which a run of three is said to hang
+TIMEOUT = 600.0  # seconds after which a run of three is said to hang; the machine may be busy
 TESTS = Path(__file__).parents[1]
 
 EVALUATED = "eval={{prompts: {folder}/world/prompts.jsonl, max_new_tokens: 8}}"

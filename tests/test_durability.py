@@ -41,6 +41,7 @@ from prefopt.rounds import storage
 from prefopt.rounds.facts import FORMAT, check_format, differences
 from prefopt.rounds.storage import append, atomic_write, read_appended, remove_directory
 from prefopt.rounds.sums import DamagedError, read_summed, sum_path, write_summed
+from prefopt.run_lock import run_lock
 from prefopt.train import train
 from prefopt.trainers import checkpoints
 from prefopt.trainers.checkpoints import (
@@ -551,6 +552,12 @@ def test_generating_goes_on_where_it_was_killed(
         patch.setattr(generate, "append", killed)
         assert main([*command, "--out", str(outs[1])]) == 130
     assert not outs[1].exists()
+    record = tmp_path / ".killed.jsonl.unfinished.decoding.json"
+    content = record.read_bytes()
+    cut(record)
+    with pytest.raises(PrefoptError, match=r"decoding\.json: cannot be read"):
+        generate._read_record(record)
+    record.write_bytes(content)
     assert main([*command, "--out", str(outs[1])]) == 0
     assert asked == [6, 4]
     assert outs[1].read_bytes() == outs[0].read_bytes()
@@ -666,6 +673,16 @@ def test_a_shard_that_does_not_fit_is_not_begun(
     with pytest.raises(PrefoptError, match="nearly full: rollouts takes about 4 bytes"):
         write_summed(tmp_path / "new" / "rollouts", "rows")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_does_not_fit_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "write_text", full)
+    found = pytest.raises(PrefoptError, match=r"run: the disk is full .* while \.lock was written")
+    with found, run_lock(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_lines_that_do_not_fit_are_not_there_in_part(

@@ -89,9 +89,12 @@ def main() -> int:
 def inject(
     folder: Path, options: argparse.Namespace
 ) -> tuple[dict[str, list[table.Event]], dict[str, list[str]]]:
-    """All events, and what went wrong with the injecting itself, by kind."""
+    """All events, and what went wrong with the injecting itself, by kind; up to an interrupt."""
+    found: dict[str, list[table.Event]] = {kind: [] for kind in options.only}
+    broken: dict[str, list[str]] = {kind: [] for kind in options.only}
     prepare(folder)
-    bench, cases = Bench(folder, {}, options.seed, IMPORTS), options.cases
+    bench = Bench(folder, {}, options.seed, IMPORTS)
+    cases = [] if options.only == ["fuzzing"] else options.cases
     with ProcessPoolExecutor(LANES, multiprocessing.get_context("fork")) as lanes:
         try:
             wholes = lanes.map(run_whole, [bench] * len(cases), cases)
@@ -102,16 +105,18 @@ def inject(
                 for kind in reversed(options.only)  # parsers take longest
                 for job in KINDS[kind].jobs(bench, options.scale)
             }
-            found: dict[str, list[table.Event]] = {kind: [] for kind in options.only}
-            broken: dict[str, list[str]] = {kind: [] for kind in options.only}
             for done in as_completed(jobs):
                 if error := done.exception():
                     broken[jobs[done]].append("".join(traceback.format_exception(error)))
                 else:
                     found[jobs[done]] += done.result()
-            return found, broken
+        except KeyboardInterrupt:
+            print("interrupted: the result is of what was done by then", file=sys.stderr)
+            for lane in multiprocessing.active_children():
+                lane.terminate()
         finally:
             lanes.shutdown(wait=False, cancel_futures=True)
+    return found, broken
 
 
 def become_root() -> None:

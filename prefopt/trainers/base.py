@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -267,7 +268,7 @@ class CompleteCheckpoints(FiniteSteps):
         """Ends training with the weights of the best evaluation.
 
         Raises:
-            PrefoptError: They are damaged.
+            PrefoptError: They are damaged, or not plain numbers.
         """
         best = Path(str(self.state.best_model_checkpoint))
         if problem := from_main(partial(problem_of, best, sums=True)):
@@ -275,7 +276,9 @@ class CompleteCheckpoints(FiniteSteps):
                 f"{problem}; this is the best checkpoint, which the run is to end with: restore "
                 "the file, or delete the checkpoints to begin again"
             )
-        with watched(best):
+        check_pickles(best)
+        # DeepSpeed's have names of its own, which were looked at
+        with nullcontext() if self.is_deepspeed_enabled else watched(best):
             super()._load_best_model()
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -308,19 +308,22 @@ class Evaluation:
             path: Where they are kept.
             samples: Where samples for an estimate of KL are kept, if they are wanted.
         """
-        if not all(self._exist(*filter(None, (path, samples)))):
-            count, whole = len(self.prompt_ids), replace(self.task.sampling, temperature=1.0)
+        there = self._exist(*filter(None, (path, samples)))
+        if not all(there):
+            whole = replace(self.task.sampling, temperature=1.0)
+            count = 0 if there[0] else len(self.prompt_ids)
             asked = [(index, self.task.sampling) for index in range(count)]
-            if samples is not None:
-                asked += [(index, whole) for index in range(min(count, KL_PROMPTS))]
+            if not all(there[1:]):
+                asked += [(n, whole) for n in range(min(len(self.prompt_ids), KL_PROMPTS))]
             made = self._generate(asked)
-            if samples is not None:
+            if samples is not None and not all(there[1:]):
                 drawn = enumerate(made[count:])
                 self._write(
                     samples, json_lines([{"prompt": n, "token_ids": c.token_ids} for n, c in drawn])
                 )
-            pairs = zip(self.task.prompts, made[:count], strict=True)
-            self._write(path, json_lines([completion_row(p, 0, c) for p, c in pairs]))
+            if not there[0]:
+                pairs = zip(self.task.prompts, made[:count], strict=True)
+                self._write(path, json_lines([completion_row(p, 0, c) for p, c in pairs]))
         return [row["completion"] for row in read_lines(path)]
 
     def _generate(self, asked: Sequence[tuple[int, SamplingSettings]]) -> list[Completion]:

@@ -162,7 +162,7 @@ def sample_to_file(
     }
     stated = _record_path(path)
     if stated.exists() and path.exists():
-        _check_record(path, json.loads(stated.read_text()), record)
+        _check_record(path, _read_record(stated), record)
     else:
         path.unlink(missing_ok=True)
         atomic_write(stated, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -193,6 +193,15 @@ def _record_path(path: Path) -> Path:
 
 def _write_rows(path: Path, groups: dict[int, list[dict[str, Any]]]) -> None:
     atomic_write(path, json_lines(row for index in sorted(groups) for row in groups[index]))
+
+
+def _read_record(stated: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(stated.read_text()))
+    except (ValueError, TypeError) as error:
+        raise PrefoptError(
+            f"{stated}: cannot be read ({error}); restore the file, or delete it to begin again"
+        ) from error
 
 
 def _check_record(path: Path, found: dict[str, Any], record: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from prefopt.disk import writing
 from prefopt.errors import PrefoptError
 
 NAME = ".lock"
@@ -44,7 +45,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"process": os.getpid(), "host": platform.node(), "since": since}
-        path.write_text(json.dumps(facts) + "\n")
+        with writing(path, NAME):
+            path.write_text(json.dumps(facts) + "\n")
         yield
     finally:
         if new and os.listdir(folder) == [NAME]:
@@ -57,5 +59,5 @@ def _holder(path: Path) -> str:
     try:
         facts = json.loads(path.read_text())
         return f"process {facts['process']} on {facts['host']} (since {facts['since']})"
-    except (ValueError, KeyError):  # it is about to write them
+    except (OSError, ValueError, KeyError):  # it is about to write them, or has just ended
         return "another process"

@@ -352,7 +352,7 @@ def _train(recipe: Recipe, args: Any) -> dict[str, Any]:
     summary = folder / "summary.json"
     if summary.exists():
         logger.info("%s is complete", folder)
-        return json.loads(summary.read_text())
+        return _read_summary(summary)
     if in_rounds(recipe.trainer.algorithm) and recipe.rollout.engine == "vllm":
         check_installed("rollout.engine")
     check_judge(recipe)  # before data are read and models are loaded
@@ -391,6 +391,16 @@ def _train(recipe: Recipe, args: Any) -> dict[str, Any]:
     except ImportError as error:
         raise PrefoptError(f"a package is missing for this recipe: {error}") from error
     return result
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise PrefoptError(
+            f"{path}: cannot be read ({error}); delete the file and run the same command again: "
+            "it makes it from the last checkpoint"
+        ) from error
 
 
 def _last_look(trainer: CompleteCheckpoints, recipe: Recipe) -> dict[str, Any]:

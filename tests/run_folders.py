@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefopt.trainers.checkpoints import last_complete_checkpoint
+from prefopt.trainers.checkpoints import (
+    COMPLETE_MARKER,
+    complete_checkpoints,
+    last_complete_checkpoint,
+)
 
 # in the order a run comes by them, most of them again in every round
 PHASES = (
@@ -58,15 +62,22 @@ def stamps(run: Path) -> dict[str, Stamp]:
 
 
 def written_once(run: Path) -> list[Path]:
-    """Samples, judgements, pairs, reports of rounds, initial weights, log-probs; whole ones."""
+    """What is made of rounds, initial weights, log-probs and evaluations; whole files."""
     found = (
         *run.glob("rounds/0*/**/*.*"),
         *run.glob("rounds/initial/*"),
         *run.glob("log_probs/**/*.*"),
+        *run.glob("evaluations/**/*.*"),
     )
     # the sum of a file, whose name begins with a dot, is there before the file is
     whole = (path for path in found if path.is_file() and not is_partial(path))
     return [path for path in whole if not path.name.startswith(".")]
+
+
+def checkpoint_stamps(run: Path) -> dict[Path, Stamp]:
+    """When each complete checkpoint was written, and where it lies."""
+    markers = {path: path / COMPLETE_MARKER for path in complete_checkpoints(run / "checkpoints")}
+    return {path: (modified(m), m.stat().st_ino) for path, m in markers.items()}
 
 
 def beside_the_policy(run: Path) -> dict[str, bytes]:

@@ -41,6 +41,7 @@ from prefopt.rounds import storage
 from prefopt.rounds.facts import FORMAT, check_format, differences
 from prefopt.rounds.storage import append, atomic_write, read_appended, remove_directory
 from prefopt.rounds.sums import DamagedError, read_summed, sum_path, write_summed
+from prefopt.run_lock import run_lock
 from prefopt.train import train
 from prefopt.trainers import checkpoints
 from prefopt.trainers.checkpoints import (
@@ -111,6 +112,28 @@ def test_a_file_written_again_is_measured_by_its_own_sum(tmp_path: Path) -> None
         assert read_summed(tmp_path / "rows", "").decode() == content
 
 
+def test_a_kill_while_a_file_is_written_again_leaves_nothing_that_looks_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, left = Path.replace, 0
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    for count in (0, 1):  # of the content and its sum, so many are written
+        left = 2
+        monkeypatch.setattr(Path, "replace", killed)
+        write_summed(tmp_path / "rows", "old")
+        left = count
+        with pytest.raises(KeyboardInterrupt):
+            write_summed(tmp_path / "rows", "new")
+        assert read_summed(tmp_path / "rows", "").decode() == ("old", "new")[count]
+
+
 def test_files_without_a_sum_are_read_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("older")
     assert read_summed(tmp_path / "rows", "") == b"older"
@@ -168,6 +191,13 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
 def test_a_checkpoint_without_a_whole_marker_is_none(marker: str | None, tmp_path: Path) -> None:
     good, bad = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4) / COMPLETE_MARKER
     bad.unlink() if marker is None else bad.write_text(marker)
+    assert last_complete_checkpoint(tmp_path) == good
+
+
+@pytest.mark.parametrize("key", ["files", "bytes", "xxh128"])
+def test_a_checkpoint_whose_marker_has_lost_its_sums_is_none(key: str, tmp_path: Path) -> None:
+    good, bad = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4) / COMPLETE_MARKER
+    bad.write_text(bad.read_text().replace(f'"{key}"', f'"{key[:-1]}_"'))
     assert last_complete_checkpoint(tmp_path) == good
 
 
@@ -323,6 +353,27 @@ def test_damaged_initial_weights_are_made_again_before_the_first_step_only(make:
     assert path.read_bytes() == content
 
 
+def test_initial_weights_stay_though_what_the_rounds_depend_on_is_gone(make: Make) -> None:
+    interrupted(make, "run", 5, **EVERY_TWO_STEPS)
+    trainer = make("run", **EVERY_TWO_STEPS)
+    before = contents(trainer.rounds_dir)
+    (trainer.rounds_dir / "start.json").unlink()
+    resume(make, 4, **EVERY_TWO_STEPS)  # by then the policy is another
+    after = contents(trainer.rounds_dir)
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("with_sum", [True, False])
+def test_rounds_are_not_taken_for_those_of_other_settings(make: Make, with_sum: bool) -> None:
+    interrupted(make, "run", 1, save_strategy="no")
+    path = make("run").rounds_dir / "start.json"
+    path.unlink()
+    if not with_sum:
+        sum_path(path).unlink()
+    with pytest.raises(PrefoptError, match=r"start\.json: gone, and other rounds than these may"):
+        make("run", seed=1).train()
+
+
 def test_rounds_of_samples_are_mended_while_they_are_trained_on(
     make: Make, warned: pytest.LogCaptureFixture
 ) -> None:
@@ -384,6 +435,52 @@ def test_the_best_checkpoint_is_known_by_the_name_it_keeps(tmp_path: Path) -> No
         expected = folder / f"checkpoint-{state['best_global_step']}"
         assert state["best_model_checkpoint"] == str(expected)
     assert state["best_global_step"] == 4
+
+
+def test_training_ends_with_the_best_checkpoint_only_as_it_was_written(tmp_path: Path) -> None:
+    worst = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    every = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    recipe = dpo_recipe(tmp_path, {"eval_fraction": 0.3}, {**worst, **every, "learning_rate": 1e-3})
+    train(recipe)
+    run = Path(recipe.run_dir)
+    best = run / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    for path in (run / "final" / "model.safetensors", run / "summary.json"):
+        path.unlink()
+    train(recipe)
+    assert (run / "final" / "model.safetensors").read_bytes() == best.read_bytes()
+    (run / "summary.json").unlink()
+    flip(best)
+    with pytest.raises(PrefoptError, match=r"checkpoint-2/model\.safetensors: found the XXH3 sum"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("steps", [4, 8])  # of six in an epoch
+def test_a_run_killed_after_its_last_step_takes_no_more(tmp_path: Path, steps: int) -> None:
+    more = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1}
+    epochs = {"num_train_epochs": steps / 6, "max_steps": -1, "save_strategy": "epoch"}
+    for name, options in (("steps", {"max_steps": steps}), ("epochs", epochs)):
+        recipe = dpo_recipe(tmp_path / name, {}, {**more, **options})
+        train(recipe)
+        run = Path(recipe.run_dir)
+        lines = read_appended(run / "metrics.jsonl")
+        final = (run / "final" / "model.safetensors").read_bytes()
+        (run / "summary.json").unlink()
+        assert train(recipe)["steps"] == steps
+        assert read_appended(run / "metrics.jsonl") == lines
+        assert (run / "final" / "model.safetensors").read_bytes() == final
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_not_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(PrefoptError, match="save_only_model=true would leave checkpoints"):
+        train(dpo_recipe(tmp_path, {}, {"save_only_model": True}))
+
+
+def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
+    recipe = dpo_recipe(tmp_path, {}, {})
+    Path(recipe.run_dir).mkdir()
+    (Path(recipe.run_dir) / "summary.json").write_text('{"steps": ')
+    with pytest.raises(PrefoptError, match=r"summary\.json: cannot be read .*delete the file"):
+        train(recipe)
 
 
 def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(
@@ -455,6 +552,12 @@ def test_generating_goes_on_where_it_was_killed(
         patch.setattr(generate, "append", killed)
         assert main([*command, "--out", str(outs[1])]) == 130
     assert not outs[1].exists()
+    record = tmp_path / ".killed.jsonl.unfinished.decoding.json"
+    content = record.read_bytes()
+    cut(record)
+    with pytest.raises(PrefoptError, match=r"decoding\.json: cannot be read"):
+        generate._read_record(record)
+    record.write_bytes(content)
     assert main([*command, "--out", str(outs[1])]) == 0
     assert asked == [6, 4]
     assert outs[1].read_bytes() == outs[0].read_bytes()
@@ -570,6 +673,16 @@ def test_a_shard_that_does_not_fit_is_not_begun(
     with pytest.raises(PrefoptError, match="nearly full: rollouts takes about 4 bytes"):
         write_summed(tmp_path / "new" / "rollouts", "rows")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_does_not_fit_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "write_text", full)
+    found = pytest.raises(PrefoptError, match=r"run: the disk is full .* while \.lock was written")
+    with found, run_lock(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_lines_that_do_not_fit_are_not_there_in_part(

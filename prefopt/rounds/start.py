@@ -28,13 +28,16 @@ def open_facts(path: Path, facts: Mapping[str, Any], made: str) -> None:
         PrefoptError: They differ, the file is damaged, or a newer version has written it.
     """
     content = json.dumps({"format": FORMAT, **facts}, indent=2) + "\n"
-    if damages := damaged([path]):
-        # the sum says what was in it
-        if xxhash.xxh3_128_hexdigest(content.encode()) != expected_sum(path):
-            raise PrefoptError(
-                f"{damages[path]}, and other {made} than these may lie beside it; restore the "
-                "file, or delete the run folder to begin again"
-            )
+    damages = damaged([path])
+    if not path.exists() and any(p.is_dir() for p in path.parent.glob("*")):
+        damages = {path: f"{path}: gone"}
+    # the sum says what was in it
+    if damages and expected_sum(path) != xxhash.xxh3_128_hexdigest(content.encode()):
+        raise PrefoptError(
+            f"{damages[path]}, and other {made} than these may lie beside it; restore the "
+            "file, or delete the run folder to begin again"
+        )
+    if path.exists():
         set_aside(damages)
     if not path.exists():
         write_summed(path, content)

@@ -49,16 +49,23 @@ def summed_files(folder: Path) -> list[Path]:
 def write_summed(path: Path, content: str | bytes) -> None:
     """Writes a file as `atomic_write` does, and its sum before it.
 
+    Where a file is replaced, its sum goes first and the new one comes last: whenever that is cut
+    off, neither content is measured by the other's sum.
+
     Raises:
         PrefoptError: The disk has no room for it.
     """
     content = as_bytes(content)
     check_space(path, len(content), path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and sum_path(path).exists():
-        sum_path(path).unlink()  # the old content must not be measured by the sum of the new
-    write_sum(path, xxhash.xxh3_128_hexdigest(content))
-    atomic_write(path, content)
+    found = xxhash.xxh3_128_hexdigest(content)
+    if path.exists():
+        sum_path(path).unlink(missing_ok=True)
+        atomic_write(path, content)
+        write_sum(path, found)
+    else:
+        write_sum(path, found)
+        atomic_write(path, content)
 
 
 def write_sum(path: Path, found: str) -> None:

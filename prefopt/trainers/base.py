@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from prefopt.trainers.checkpoints import (
     ASIDE,
     finish_checkpoint,
     last_complete_checkpoint,
+    problem_of,
     remove_leftovers,
     rotate,
     size_of_next,
@@ -139,6 +141,11 @@ class CompleteCheckpoints(FiniteSteps):
                 "save_total_limit=1 would delete the last good checkpoint before the next one is "
                 "complete; set 2 or more"
             )
+        if args.save_only_model:
+            raise PrefoptError(
+                "save_only_model=true would leave checkpoints that a killed run cannot go on from, "
+                "since optimiser and random generators are not in them; leave it out"
+            )
         if args.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible and one is used; start with `accelerate launch "
@@ -150,6 +157,7 @@ class CompleteCheckpoints(FiniteSteps):
         if args.device.type == "cpu":  # cpu:0 among several processes: torch.load knows no such
             vars(args)["_setup_devices"] = torch.device("cpu")
         super().__init__(args=args, **kwargs)
+        self.add_callback(_EmptyEpochs())
         self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)
 
@@ -168,9 +176,14 @@ class CompleteCheckpoints(FiniteSteps):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of the next step; none where an evaluation ends training."""
+        """The micro-batches of the next step; none where an evaluation ends training, or where a
+        run was resumed with its last step taken, which transformers sees at the end of epochs only.
+        """
         with self.saved_on_early_end():
             self.safe_point()
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+                return [], None
             epoch = self.state.epoch or 0.0
             if epoch and epoch == int(epoch):
                 if self.ends_after(int(epoch)):
@@ -256,6 +269,23 @@ class CompleteCheckpoints(FiniteSteps):
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
 
+    def _load_best_model(self) -> None:
+        """Ends training with the weights of the best evaluation.
+
+        Raises:
+            PrefoptError: They are damaged, or not plain numbers.
+        """
+        best = Path(str(self.state.best_model_checkpoint))
+        if problem := from_main(partial(problem_of, best, sums=True)):
+            raise PrefoptError(
+                f"{problem}; this is the best checkpoint, which the run is to end with: restore "
+                "the file, or delete the checkpoints to begin again"
+            )
+        check_pickles(best)
+        # DeepSpeed's have names of its own, which were looked at
+        with nullcontext() if self.is_deepspeed_enabled else watched(best):
+            super()._load_best_model()
+
     def _get_output_dir(self, trial: Any) -> str:
         """Where transformers writes a checkpoint and deletes others."""
         return self._output_dir or super()._get_output_dir(trial)
@@ -292,6 +322,17 @@ class CompleteCheckpoints(FiniteSteps):
         Args:
             folder: The checkpoint's.
         """
+
+
+class _EmptyEpochs(TrainerCallback):
+    """An epoch without a step, as training may end with, leaves nothing to log, judge or save."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.begun:
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 class TreeTrainer(CompleteCheckpoints):

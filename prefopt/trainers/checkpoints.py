@@ -70,7 +70,7 @@ def rotate(output_dir: Path, limit: int | None, step: int, best: str | None) -> 
         return
 
     def worth(path: Path) -> tuple[bool, int]:
-        return step_of(path) <= step and _problem(path, sums=False) is None, step_of(path)
+        return step_of(path) <= step and problem_of(path, sums=False) is None, step_of(path)
 
     found = sorted(_folders(output_dir), key=worth)
     stay = {output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"} | ({Path(best)} if best else set())
@@ -91,7 +91,7 @@ def last_complete_checkpoint(output_dir: Path, *, sums: bool = False) -> Path | 
         PrefoptError: A newer version of prefopt has written it.
     """
     for path in sorted(_folders(output_dir), key=step_of, reverse=True):
-        problem = _problem(path, sums=sums)
+        problem = problem_of(path, sums=sums)
         if problem is None:
             return path
         if sums:
@@ -101,7 +101,7 @@ def last_complete_checkpoint(output_dir: Path, *, sums: bool = False) -> Path | 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """All checkpoints whose files are there with their sizes, by step."""
-    found = (path for path in _folders(output_dir) if _problem(path, sums=False) is None)
+    found = (path for path in _folders(output_dir) if problem_of(path, sums=False) is None)
     return sorted(found, key=step_of)
 
 
@@ -145,8 +145,7 @@ def size_of_next(trainer: Any) -> int:
     groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
     every = own | {id(p): p for group in groups for p in group["params"]}
     trained = sum(_count(p) for p in every.values() if p.requires_grad)
-    moments = 0 if trainer.args.save_only_model else 8 * trained  # Adam's, in float32
-    return weights_size(every.values()) + moments
+    return weights_size(every.values()) + 8 * trained  # Adam's moments are in float32
 
 
 def weights_size(parameters: Iterable[Any]) -> int:
@@ -170,7 +169,7 @@ def _facts(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
-def _problem(checkpoint: Path, *, sums: bool) -> str | None:
+def problem_of(checkpoint: Path, *, sums: bool) -> str | None:
     """Why a checkpoint is none to go on from; None if it is one."""
     marker = checkpoint / COMPLETE_MARKER
     try:
@@ -180,12 +179,17 @@ def _problem(checkpoint: Path, *, sums: bool) -> str | None:
     except (ValueError, OSError) as error:
         return f"{marker}: cannot be read ({error})"
     check_format(marker, facts)
-    for name, expected in facts.get("files", {}).items():
-        path = checkpoint / name
+    try:
+        # versions without a format wrote no sums
+        files = facts["files"] if "format" in facts else facts.get("files", {})
+        known = [(checkpoint / name, fact["bytes"], fact["xxh128"]) for name, fact in files.items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{marker}: damaged, found no sizes and sums ({error!r})"
+    for path, expected_size, expected in known:
         if not path.is_file():
             return f"{path}: missing"
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{path}: found {size} bytes, expected {expected['bytes']}"
-        if sums and (found := sum_of_file(path)) != expected["xxh128"]:
-            return f"{path}: found the XXH3 sum {found}, expected {expected['xxh128']}"
+        if (size := path.stat().st_size) != expected_size:
+            return f"{path}: found {size} bytes, expected {expected_size}"
+        if sums and (found := sum_of_file(path)) != expected:
+            return f"{path}: found the XXH3 sum {found}, expected {expected}"
     return None

@@ -265,7 +265,7 @@ class RoundTrainer(TreeTrainer):
         from_main(lambda: open_facts(path, self.facts, "rounds"))
         if self.uses_initial_weights:
             kept = from_main(lambda: self._has_initial_weights(resumed))
-            if not (there and kept):
+            if not kept or not (there or resumed):  # the policy of a resumed run has moved
                 save_weights(self.policy, trainable_weights(self.policy), self.initial_weights)
 
     def _has_initial_weights(self, resumed: bool) -> bool:

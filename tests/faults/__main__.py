@@ -43,7 +43,7 @@ LANES = 2  # processes at a time that faults are injected into
 
 
 def main() -> int:
-    """Injects what is asked for; 1 if anything was lost."""
+    """Injects what is asked for; 1 if anything was lost, or less was injected than is owed."""
     options = parse()
     become_root()
     torch.set_num_threads(1)
@@ -52,32 +52,49 @@ def main() -> int:
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="faults-", dir=options.folder) as folder:
         found, broken = inject(Path(folder), options)
-    rows = [row for kind, events in found.items() for row in KINDS[kind].rows(events)]
-    result = {
+    made = {
         "seed": options.seed,
         "scale": options.scale,
+        "cases": options.cases,
         "seconds": round(time.perf_counter() - begun),
         **environment(),
-        "faults": [asdict(row) for row in rows],
-        "errors": sorted({e.said for events in found.values() for e in events if e.said}),
-        "broken": broken,
-        "losses": [asdict(e) for events in found.values() for e in events if e.lost],
+        "uncommitted": uncommitted(),
     }
+    whole = options.scale >= 1 and options.cases == list(CASES)
+    result = {
+        kind: {
+            **made,
+            "faults": [asdict(row) for row in KINDS[kind].rows(events)],
+            "errors": sorted({event.said for event in events if event.said}),
+            "broken": broken[kind],
+            "wanting": KINDS[kind].wanting(events) if whole else [],
+            "losses": [asdict(event) for event in events if event.lost],
+        }
+        for kind, events in found.items()
+    }
+    bad = [kind[what] for kind in result.values() for what in ("losses", "broken", "wanting")]
     if options.output:
+        result = {**earlier(options), **result}
         options.output.write_text(json.dumps(result, indent=2) + "\n")
+    rows = [
+        table.Fault(**row) for kind in KINDS if kind in result for row in result[kind]["faults"]
+    ]
     if options.page:
         table.write_page(options.page, f"{heading(result)}\n\n{table.markdown(rows)}")
     table.show(rows)
-    print(json.dumps([result["losses"], broken], indent=2))
-    return int(bool(result["losses"] or broken))
+    print(json.dumps(bad, indent=2))
+    return int(any(bad))
 
 
 def inject(
     folder: Path, options: argparse.Namespace
-) -> tuple[dict[str, list[table.Event]], list[str]]:
-    """All events, by kind, and what went wrong with the injecting itself."""
+) -> tuple[dict[str, list[table.Event]], dict[str, list[str]]]:
+    """All events, and what went wrong with the injecting itself, by kind; up to an interrupt."""
+    found: dict[str, list[table.Event]] = {kind: [] for kind in options.only}
+    broken: dict[str, list[str]] = {kind: [] for kind in options.only}
     prepare(folder)
-    bench, cases = Bench(folder, {}, options.seed, IMPORTS), options.cases
+    bench = Bench(folder, {}, options.seed, IMPORTS)
+    cases = [] if options.only == ["fuzzing"] else options.cases
     with ProcessPoolExecutor(LANES, multiprocessing.get_context("fork")) as lanes:
         try:
             wholes = lanes.map(run_whole, [bench] * len(cases), cases)
@@ -88,16 +105,18 @@ def inject(
                 for kind in reversed(options.only)  # parsers take longest
                 for job in KINDS[kind].jobs(bench, options.scale)
             }
-            found: dict[str, list[table.Event]] = {kind: [] for kind in options.only}
-            broken = []
             for done in as_completed(jobs):
                 if error := done.exception():
-                    broken.append("".join(traceback.format_exception(error)))
+                    broken[jobs[done]].append("".join(traceback.format_exception(error)))
                 else:
                     found[jobs[done]] += done.result()
-            return found, broken
+        except KeyboardInterrupt:
+            print("interrupted: the result is of what was done by then", file=sys.stderr)
+            for lane in multiprocessing.active_children():
+                lane.terminate()
         finally:
             lanes.shutdown(wait=False, cancel_futures=True)
+    return found, broken
 
 
 def become_root() -> None:
@@ -114,13 +133,36 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def earlier(options: argparse.Namespace) -> dict[str, Any]:
+    """What is in the file for the result of kinds that are not injected now."""
+    kinds = set(options.only) != set(KINDS) and options.output.exists()
+    return json.loads(options.output.read_text()) if kinds else {}
+
+
+def uncommitted() -> list[str]:
+    """The files of this checkout that are not as its commit has them; results and pages apart."""
+    command = ["git", "status", "--porcelain", "--", ":!benchmarks/results", ":!docs"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return [line[3:] for line in found.stdout.splitlines()]
+
+
 def heading(result: dict[str, Any]) -> str:
-    """What the numbers were made with, in a sentence."""
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
+    """What the numbers were made with, in a sentence for each start of this program."""
+    starts: dict[str, list[str]] = {}
+    for kind in (kind for kind in KINDS if kind in result):
+        starts.setdefault(_made_with(result[kind]), []).append(kind)
+    if len(starts) == 1:
+        return next(iter(starts))
+    return "\n".join(f"- {', '.join(kinds)}: {text}" for text, kinds in starts.items())
+
+
+def _made_with(made: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "transformers"))
+    changed = f" with changes to {', '.join(made['uncommitted'])}" if made["uncommitted"] else ""
     return (
-        f"{result['date'][:10]}, commit {(result['commit'] or 'unknown')[:12]}, "
-        f"{result['device']}, Python {result['python']}, {versions}, seed {result['seed']}, "
-        f"{result['seconds'] / 60:.0f} minutes."
+        f"{made['date'][:10]}, commit {(made['commit'] or 'unknown')[:12]}{changed}, "
+        f"{made['device']}, Python {made['python']}, {versions}, seed {made['seed']}, "
+        f"{made['seconds'] / 60:.0f} minutes."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,11 @@ from faults.table import Event, Fault, counts, fault
 
 KILLED = 2  # runs of each case
 DAMAGES = 4  # to each of them, one after another, each to all as it was
+SHARDS = 2  # of these to a shard of a round, where there is any
+OWED = 20  # damaged shards of rounds in all
 AGAIN, REFUSED, UNREAD = "made again or not needed", "refused, with the remedy", "not read again"
 
+SHARDS_OF_ROUNDS = "shards of rounds (samples, judgements, log-probs)"
 # what may be damaged, and the row that counts it; what is named first is what a file is
 FILES = {
     "checkpoints/*/complete.json": "checkpoints",
@@ -28,13 +32,13 @@ FILES = {
     "checkpoints/*/trainer_state.json": "checkpoints",
     "checkpoints/*/kept/*/*": "checkpoints",
     "checkpoints/*/critic/*": "checkpoints",
-    "rounds/start.json": "rounds",
-    "rounds/initial/*": "rounds",
-    "rounds/0*/draw-*/rollouts-*": "rounds",
-    "rounds/0*/draw-*/judgements-*": "rounds",
-    "rounds/0*/pairs.jsonl": "rounds",
-    "rounds/0*/round.json": "rounds",
-    "rounds/0*/log_probs/*/*": "rounds",
+    "rounds/0*/draw-*/rollouts-*": SHARDS_OF_ROUNDS,
+    "rounds/0*/draw-*/judgements-*": SHARDS_OF_ROUNDS,
+    "rounds/0*/log_probs/*/*": SHARDS_OF_ROUNDS,
+    "rounds/start.json": "pairs, reports and initial weights of rounds",
+    "rounds/initial/*": "pairs, reports and initial weights of rounds",
+    "rounds/0*/pairs.jsonl": "pairs, reports and initial weights of rounds",
+    "rounds/0*/round.json": "pairs, reports and initial weights of rounds",
     "log_probs/*/*": "log-probs of the reference, evaluations",
     "evaluations/*.json*": "log-probs of the reference, evaluations",
     "evaluations/0*/*.json*": "log-probs of the reference, evaluations",
@@ -64,6 +68,14 @@ def rows(events: Sequence[Event]) -> list[Fault]:
     return found
 
 
+def wanting(events: Sequence[Event]) -> list[str]:
+    """Says so where too few shards were damaged, or nothing of another part was."""
+    found = Counter(event.kind for event in events)
+    short = found[SHARDS_OF_ROUNDS] < OWED
+    few = [f"{found[SHARDS_OF_ROUNDS]} damaged shards, expected {OWED}"] if short else []
+    return few + [f"none of {kind}" for kind in dict.fromkeys(FILES.values()) if not found[kind]]
+
+
 def damaged_run(bench: Bench, case: str, number: int, damages: int) -> list[Event]:
     """Kills a run, then damages one file of it at a time and starts it again."""
     chance = Random(f"{bench.seed} {case} corruption {number}")
@@ -72,9 +84,9 @@ def damaged_run(bench: Bench, case: str, number: int, damages: int) -> list[Even
     kill_late(bench, case, run, chance)
     run.rename(killed)
     found = []
-    for _ in range(damages):
+    for n in range(damages):
         shutil.copytree(killed, run)
-        found.append(damaged(bench, case, run, killed, chance))
+        found.append(damaged(bench, case, run, killed, chance, shard=n < SHARDS))
         if not found[-1].lost:
             shutil.rmtree(run)
         else:
@@ -94,10 +106,23 @@ def kill_late(bench: Bench, case: str, run: Path, chance: Random) -> None:
         shutil.rmtree(run, ignore_errors=True)
 
 
-def damaged(bench: Bench, case: str, run: Path, killed: Path, chance: Random) -> Event:
-    """Damages a random file of a run, and has it go on; what is refused is mended as it says."""
+def damaged(
+    bench: Bench, case: str, run: Path, killed: Path, chance: Random, *, shard: bool
+) -> Event:
+    """Damages a random file of a run, and has it go on; what is refused is mended as it says.
+
+    Args:
+        bench: What faults are injected into.
+        case: The run.
+        run: Its folder.
+        killed: A copy of it.
+        chance: Chooses the file.
+        shard: Whether it is one of a round, if there are any.
+    """
     there = {p: [f for f in sorted(run.glob(p)) if not is_partial(f)] for p in FILES}
-    kind = chance.choice(sorted({FILES[pattern] for pattern, files in there.items() if files}))
+    kinds = sorted({FILES[pattern] for pattern, files in there.items() if files})
+    others = [kind for kind in kinds if kind != SHARDS_OF_ROUNDS] or kinds
+    kind = SHARDS_OF_ROUNDS if shard and SHARDS_OF_ROUNDS in kinds else chance.choice(others)
     patterns = [pattern for pattern, files in there.items() if files and FILES[pattern] == kind]
     path = chance.choice(there[chance.choice(patterns)])
     how = damage(path, chance)

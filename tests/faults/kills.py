@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
 
-from run_folders import Stamp, phase, stamps
+from run_folders import PHASES, Stamp, checkpoint_stamps, phase, stamps
 
 from faults.runs import (
     Bench,
@@ -27,10 +27,13 @@ from faults.runs import (
     trainer_of,
 )
 from faults.table import Event, Fault, counts, fault, phases
+from prefopt.trainers import TRAINERS
+from prefopt.trainers.checkpoints import step_of
 
 PREEMPTED = 75
-KILLS = 15  # of each case on each clock
-PREEMPTIONS = 3  # likewise
+KILLS = 8  # of each case on each clock
+PREEMPTIONS = 2  # likewise
+OWED = 100  # of all
 FROM_THE_SHELL = 3  # kills of each of these, started by the full command line
 SHELL_CASES = ("dpo", "inpo", "ppo")
 
@@ -52,7 +55,9 @@ def jobs(bench: Bench, scale: float) -> list[Callable[[], list[Event]]]:
 def rows(events: Sequence[Event]) -> list[Fault]:
     """A row for the kills of each trainer, for those of the full command line, for pre-emptions."""
     killed = [event for event in events if event.kind == "SIGKILL"]
-    found = []
+    missed = ", ".join(f"no {name}" for name in phases_missed(killed))
+    note = "; ".join(filter(None, (phases(killed), missed)))
+    found = [fault("killed: all trainers", killed, note)]
     for trainer in dict.fromkeys(trainer_of(event.case) for event in killed):
         own = [event for event in killed if trainer_of(event.case) == trainer]
         found.append(fault(f"killed: {trainer}", own, phases(own)))
@@ -64,6 +69,20 @@ def rows(events: Sequence[Event]) -> list[Fault]:
         outcomes = "" if kind == "command line" else f"{counts(e.outcome for e in own)}; "
         found.append(fault(name, own, outcomes + phases(own)))
     return found
+
+
+def phases_missed(events: Iterable[Event]) -> list[str]:
+    """The phases that no kill has met."""
+    return [name for name in PHASES if name not in {event.phase for event in events}]
+
+
+def wanting(events: Sequence[Event]) -> list[str]:
+    """Says so where there were too few kills, or none of a trainer, or none in a phase."""
+    killed = [event for event in events if event.kind == "SIGKILL"]
+    few = [f"{len(killed)} kills, expected {OWED}"] if len(killed) < OWED else []
+    met = {trainer_of(event.case) for event in killed}
+    few += [f"no kill of {name}" for name in TRAINERS if name not in met]
+    return few + [f"no kill while {name}" for name in phases_missed(killed)]
 
 
 def series(bench: Bench, case: str, kind: str, clock: str, kills: int) -> list[Event]:
@@ -90,6 +109,7 @@ def until_done(
     """Kills one run at most so many times, until it is done, and says what was lost."""
     found: list[Event] = []
     known: dict[str, Stamp] = {}
+    saved: dict[Path, Stamp] = {}
     ended = None
     while len(found) < kills:
         process, reached = begin(bench, case, kind, clock, run, chance)
@@ -104,11 +124,9 @@ def until_done(
         ended = process.wait()
         if ended.code == 0:
             break
-        kept = stamps(run)
-        lost = [f"{name} was made again" for name in known if kept.get(name) != known[name]]
-        lost += end_of(kind, case, ended, run, at, reached)
+        lost = made_again(run, known, saved) + end_of(kind, case, ended, run, at, reached)
         found.append(Event(kind, case, at, f"exit {ended.code}", lost=tuple(lost)))
-        known |= kept
+        known, saved = stamps(run), checkpoint_stamps(run)
     if ended is None or ended.code:
         ended = bench.finish(case, run)
     if not found:  # its moments all came too late
@@ -117,12 +135,28 @@ def until_done(
     lost = [] if ended.code else differences(run, bench.whole[case].run) + leftovers(run)
     if ended.code:
         lost.append(f"the run does not end: {ended}")
-    kept = stamps(run)
-    lost += [f"{name} was made again" for name in known if kept.get(name) != known[name]]
+    lost += made_again(run, known, saved)
     if not any(lost) and not any(event.lost for event in found):
         shutil.rmtree(run)
     found[-1] = replace(found[-1], lost=(*found[-1].lost, *lost))
     return found
+
+
+def made_again(run: Path, known: dict[str, Stamp], saved: dict[Path, Stamp]) -> list[str]:
+    """What was on disk when a process was killed and is not as it was, now that another has run.
+
+    Args:
+        run: The run folder.
+        known: What is written once, then.
+        saved: The complete checkpoints, then. They may be rotated away, but not written again.
+    """
+    kept, there = stamps(run), checkpoint_stamps(run)
+    lost = [f"{name} was made again" for name in known if kept.get(name) != known[name]]
+    step = max(map(step_of, saved), default=0)
+    if max(map(step_of, there), default=0) < step:
+        lost.append(f"the checkpoint of step {step} is gone")
+    early = [path for path in there if step_of(path) <= step and there[path] != saved.get(path)]
+    return lost + [f"{path.name} was written again" for path in early]
 
 
 def begin(

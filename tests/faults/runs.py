@@ -31,14 +31,15 @@ from prefopt.trainers.checkpoints import last_complete_checkpoint
 from prefopt.world import build_world
 from prefopt.world.tokenizer import world_tokenizer
 
-TIMEOUT = 120.0  # seconds after which a run of three is said to hang
+TIMEOUT = 600.0  # seconds after which a run of three is said to hang; the machine may be busy
 TESTS = Path(__file__).parents[1]
 
 EVALUATED = "eval={{prompts: {folder}/world/prompts.jsonl, max_new_tokens: 8}}"
 COMPARED = "judge={{kind: preference_model, path: {folder}/policy}}"
 # the name of a run -> how its recipe differs from that of ``prepare``
 CASES: dict[str, tuple[str, ...]] = {
-    "dpo": ("trainer.algorithm=dpo", "trainer.num_train_epochs=2", EVALUATED),
+    # the last step lies within an epoch
+    "dpo": ("trainer.algorithm=dpo", "trainer.num_train_epochs=1.6", EVALUATED),
     "online_dpo": ("trainer.algorithm=online_dpo", "trainer.rounds=3", EVALUATED),
     "hypo": ("trainer.algorithm=hypo", "trainer.kl_weight=0.1"),
     "inpo": (
@@ -343,6 +344,9 @@ def run_whole(bench: Bench, case: str) -> Whole:
     ended = process.wait()
     if ended.code:
         raise RuntimeError(f"{case}: a run that nothing happens to ends with {ended}")
+    steps = [line["step"] for line in lines_of_log(run) if "loss" in line]
+    if steps != list(range(1, len(steps) + 1)):
+        raise RuntimeError(f"{case}: logs the steps {steps}, expected each once and in order")
     writes = int(os.read(counted, 32))
     os.close(counted)
     return Whole(run, ended.seconds, writes)

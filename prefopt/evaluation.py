@@ -8,20 +8,16 @@ it would have.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -32,7 +28,15 @@ from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.eval.head_to_head import head_to_head
 from prefopt.eval.win_rate import FloatArray
-from prefopt.evaluation_alarm import NOT_WATCHED, WHAT_TO_TRY, Judged, alarm_message, watch
+from prefopt.evaluation_alarm import WHAT_TO_TRY, Judged, alarm_message, watch
+from prefopt.evaluation_judges import (
+    LoadJudge,
+    free_memory,
+    judge_to_watch,
+    prefer,
+    share,
+    undisturbed,
+)
 from prefopt.evaluation_kl import KL_PROMPTS, kl_from_start, measures_kl
 from prefopt.evaluation_stop import reason_to_stop
 from prefopt.generate import completion_row
@@ -56,9 +60,6 @@ from prefopt.trainers.sharding import check_gathers
 logger = logging.getLogger(__name__)
 
 WITHOUT = "restore this file, or delete its folder to go on without this evaluation"
-
-# a judge, and all that its answers depend on, for the records
-LoadJudge = Callable[[Trainer], tuple[Judge, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,11 @@ class Evaluation:
                 "step, and are gone; restore the file, or delete the run folder to begin again"
             )
         with undisturbed():
-            judge, self.facts["judge"] = self._load_judge()
-        self.watched = self._judge_to_watch(judge)
+            judge, self.facts["judge"] = self.task.judge(self.trainer)
+        if self.task.watch:
+            self.watched = judge_to_watch(self.trainer, judge, self.facts["judge"])
         del judge
-        _free()
+        free_memory()
         self._check_facts()
         if self.task.baseline is None:
             self._answer(baseline)
@@ -178,17 +180,6 @@ class Evaluation:
         self._write(baseline, json_lines(rows))
         if not resumed:
             self.evaluate(0)
-
-    def _judge_to_watch(self, judge: Judge) -> Judge | None:
-        """The judge that training asks, if it is to be watched and is not the evaluations'."""
-        trainer = self.trainer
-        if not (self.task.watch and isinstance(trainer, RoundTrainer) and trainer.judge):
-            return None
-        weights = trainer.facts["judge's weights"]
-        if judge is trainer.judge or (weights and weights == self.facts["judge"].get("weights")):
-            logger.warning(NOT_WATCHED, "eval.judge is the judge that training asks")
-            return None
-        return trainer.judge
 
     def _check_facts(self) -> None:
         """Writes down what all evaluations depend on, or compares it with what is there."""
@@ -328,7 +319,7 @@ class Evaluation:
 
     def _generate(self, asked: Sequence[tuple[int, SamplingSettings]]) -> list[Completion]:
         """One completion for each (prompt, settings), on all processes."""
-        own = self._share(len(asked))
+        own = share(self.trainer.accelerator, len(asked))
         made: list[tuple[int, Completion]] = []
 
         def keep(position: int, completions: list[Completion]) -> None:
@@ -357,7 +348,7 @@ class Evaluation:
             with undisturbed():
                 return kl_from_start(self.trainer, trees, folder, self.task.load_start)
         finally:
-            _free()
+            free_memory()
 
     def _policy(self) -> Player:
         """The policy as it is now: on the engine of the rounds, where there are any."""
@@ -372,44 +363,23 @@ class Evaluation:
         return Player(engine, lambda: live_policy(trainer))
 
     def _judge(self, texts: Sequence[str], baseline: Sequence[str]) -> FloatArray:
-        """P(the policy's answer beats the baseline's) of each prompt; NaN where an API's judgement
-        could not be read. An API is asked by the main process, another judge by each its share.
-        """
+        """P(the policy's answer beats the baseline's) of each prompt."""
         try:
             with undisturbed():
-                return self._judge_with(*self._load_judge(), texts, baseline)
+                judge, record = self.task.judge(self.trainer)
+                if record != self.facts["judge"]:
+                    raise PrefoptError(
+                        f"{self.folder}: found the judge {record}, but earlier evaluations were "
+                        f"made with {self.facts['judge']} and would not compare; restore it"
+                    )
+                return self._prefer(judge, record, texts, baseline)
         finally:
-            _free()
-
-    def _judge_with(
-        self, judge: Judge, record: dict[str, Any], texts: Sequence[str], baseline: Sequence[str]
-    ) -> FloatArray:
-        if record != self.facts["judge"]:
-            raise PrefoptError(
-                f"{self.folder}: found the judge {record}, but earlier evaluations were made with "
-                f"{self.facts['judge']} and would not compare; restore it"
-            )
-        return self._prefer(judge, record, texts, baseline)
+            free_memory()
 
     def _prefer(
         self, judge: Judge, record: dict[str, Any], texts: Sequence[str], baseline: Sequence[str]
     ) -> FloatArray:
-        own = self._share(len(texts))
-        if record["kind"] == "api":
-            own = list(range(len(texts))) if self._is_main else []
-        prompts = [self.task.prompts[index] for index in own]
-        a, b = ([side[index] for index in own] for side in (texts, baseline))
-        values = np.asarray(judge.prefer(prompts, a, b) if own else [], dtype=np.float64)
-        if record["kind"] != "api" and not np.isfinite(values).all():
-            raise PrefoptError(
-                f"judge {record}: found a preference that is not finite, expected probabilities; "
-                "look at the judge's weights"
-            )
-        found = sorted(gather_object(list(zip(own, values.tolist(), strict=True))))
-        return np.array([value for _, value in found])
-
-    def _load_judge(self) -> tuple[Judge, dict[str, Any]]:
-        return self.task.judge(self.trainer)
+        return prefer(self.trainer.accelerator, judge, record, self.task.prompts, texts, baseline)
 
     # --- an early end ----------------------------------------------------------------------------
 
@@ -455,10 +425,6 @@ class Evaluation:
     def _is_main(self) -> bool:
         return self.trainer.accelerator.is_main_process
 
-    def _share(self, count: int) -> list[int]:
-        accelerator = self.trainer.accelerator
-        return list(range(accelerator.process_index, count, accelerator.num_processes))
-
     def _exist(self, *paths: Path) -> list[bool]:
         """Which files there are, as all processes see it before any writes; damaged ones are
         taken out of the way.
@@ -486,23 +452,3 @@ class _BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.evaluation.begin(resumed=state.global_step > 0)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Gives training its random generators back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _free() -> None:
-    """Gives back the memory of a judge that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

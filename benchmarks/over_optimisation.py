@@ -1,12 +1,13 @@
 """Does the alarm fire in time: policies that game the length of their reward model, honest ones.
 
-``simulate`` counts false and right alarms on simulated judgements. ``train`` works in the generated
-world, once a seed: three reward models, of an annotator who also pays for length (``gamed``), of
-the honest annotator (``honest``), and a held-out one of the honest annotator on other pairs; then
-online DPO against the first and the second. Runs are trained to their end, and the rule is applied
-to their evaluations afterwards, under two held-out judges: the reward model, and an annotator of
-whose verdicts a quarter is turned round. The gold rule measures and decides nothing. The start is
-a model of the quickstart: ``prefopt quickstart`` leaves one in ``sft/final``.
+``simulate`` counts false and right alarms on simulated judgements, of the rule and of others that
+it might have been. ``train_seed`` works in the generated world: three reward models, of an
+annotator who also pays for length (``gamed``), of the honest annotator (``honest``), and a held-out
+one of the honest annotator on other pairs; then online DPO against the first and the second, each
+evaluated after every round and warned only, so that it goes on to its end. The rule is applied once
+more afterwards with another held-out judge, an annotator of whose verdicts a quarter is turned
+round. The gold rule measures and decides nothing. The start is a model of the quickstart:
+``prefopt quickstart`` leaves one in ``sft/final``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -29,7 +30,6 @@ from scipy.stats import norm
 
 from prefopt.cli import quiet_libraries
 from prefopt.evaluation_alarm import LEAST, LEVEL, RADEMACHER, Judged, watch
-from prefopt.reward_models import load_judge
 from prefopt.rounds.store import json_lines, read_lines
 from prefopt.train import read_recipe, train
 from prefopt.world import gold_preference, gold_quality
@@ -38,24 +38,24 @@ from prefopt.world.grammar import CANDIDATES, Mixture, draw_answer, draw_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAIRS = 4000
+PAIRS = 2000
 BONUS = 0.04  # of quality, for each token more
 TURNED = 0.25  # of the noisy annotator's verdicts
 PADDED = replace(CANDIDATES, padded=0.7)  # the held-out judge has read more long answers
-ROUNDS, PROMPTS, EVALUATED = 16, 96, 160
+ROUNDS, PROMPTS, EVALUATED = 44, 64, 192
 POLICY: dict[str, Any] = {
     "rollout": {"samples_per_prompt": 4, "max_new_tokens": 48, "batch_size": 256},
-    "guards": {"over_optimisation": False},
+    "guards": {"action": "warn"},
     "trainer": {
         "algorithm": "online_dpo",
         "rounds": ROUNDS,
         "prompts_per_round": PROMPTS,
         "beta": 0.05,
-        "learning_rate": 2e-4,
+        "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 32,
         "num_train_epochs": 1,
-        "logging_steps": 3,
+        "logging_steps": 2,
         "save_strategy": "no",
     },
 }
@@ -65,71 +65,127 @@ FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 # --- simulated judgements ------------------------------------------------------------------------
 
 
-def simulate(runs: int = 300) -> dict[str, Any]:
-    """How often the rule alarms at all, by case, prompts, evaluations and kind of verdicts."""
-    cases: dict[str, Callable[[FloatArray], tuple[FloatArray, FloatArray]]] = {
-        "both rise": lambda t: (0.8 * t, 1.5 * t),
-        "both flat": lambda t: (0 * t, 0 * t),
-        "held-out flat, training rises": lambda t: (0 * t, 1.5 * t),
-        "held-out rises to half-time, then flat": lambda t: (1.6 * np.minimum(t, 0.5), 1.5 * t),
-        "held-out wobbles by 1 point, training rises": lambda t: (0 * t, 1.5 * t),
-        "both rise, then both fall": lambda t: (_tent(t), _tent(t)),
-        "held-out rises and falls back": lambda t: (_tent(t), 1.5 * t),
+def simulate(runs: int = 200) -> dict[str, Any]:
+    """How often the rule alarms by case, prompts, evaluations and kind of verdicts, and what other
+    rules would do: less of a margin, no factor for few prompts, the gap between the two judges.
+    """
+    cases: dict[str, Case] = {
+        "both rise": Case(lambda t: 0.8 * t, _rise),
+        "both flat": Case(_flat, _flat),
+        "held-out flat, training rises": Case(_flat, _rise),
+        "held-out rises to half-time, then flat": Case(lambda t: 1.6 * np.minimum(t, 0.5), _rise),
+        "held-out wavers by 1 point, training rises": Case(_flat, _rise, 0.05),
+        "held-out wavers by 2 points, training rises": Case(_flat, _rise, 0.1),
+        "both rise, then both fall": Case(_tent, _tent),
+        "held-out rises and falls back": Case(_tent, _rise),
     }
-    return {
+    grid = [(prompts, planned) for prompts in (128, 256) for planned in (10, 20)]
+    the_rule = {
         f"{name}; {prompts} prompts, {planned} evaluations": {
-            kind: _alarms(name, case, prompts, planned, kind == "hard", runs)
+            kind: _alarms(_drawn(case, prompts, planned, kind == "hard", runs), RULES["the rule"])
             for kind in ("soft", "hard")
         }
         for name, case in cases.items()
-        for prompts in (128, 256)
-        for planned in (10, 20)
+        for prompts, planned in grid
     }
+    others = {
+        f"{name}; 256 prompts, 10 evaluations, soft": {
+            rule: _alarms(_drawn(cases[name], 256, 10, False, runs), each)
+            for rule, each in RULES.items()
+        }
+        for name in cases
+    }
+    return {"runs": runs, "the rule": the_rule, "other rules": others}
+
+
+class Case(NamedTuple):
+    """How far the policy has come in the eyes of two judges (logits) at times in (0, 1].
+
+    Attributes:
+        held_out: By the held-out judge.
+        training: By the judge of training.
+        wavers: How far it wavers from one evaluation to the next: a standard deviation.
+    """
+
+    held_out: Callable[[FloatArray], FloatArray]
+    training: Callable[[FloatArray], FloatArray]
+    wavers: float = 0.0
+
+
+def _flat(time: FloatArray) -> FloatArray:
+    return 0 * time
+
+
+def _rise(time: FloatArray) -> FloatArray:
+    return 1.5 * time
 
 
 def _tent(time: FloatArray) -> FloatArray:
     return 1.6 * np.minimum(time, 1 - time)
 
 
-def _alarms(
-    name: str,
-    case: Callable[[FloatArray], tuple[FloatArray, FloatArray]],
-    prompts: int,
-    planned: int,
-    hard: bool,
-    runs: int,
-) -> float:
-    """The share of runs with an alarm. A preference is the logistic of the policy's gain, how far
-    this prompt is above others, and the luck of this answer; hard verdicts are drawn from it.
+def _drawn(
+    case: Case, prompts: int, planned: int, hard: bool, runs: int
+) -> tuple[FloatArray, FloatArray]:
+    """What both judges say of the start and each evaluation, [runs, 1 + planned, prompts].
+
+    A preference is the logistic of the policy's gain, how far this prompt is above others, and the
+    luck of this answer; hard verdicts are drawn from it.
     """
     draws = np.random.default_rng(0)
     time = np.arange(1, planned + 1) / planned
     sides = []
-    for number, gain in enumerate(case(time)):
-        wobble = 0.05 if "wobbles" in name and number == 0 else 0.0
-        gains = gain + draws.normal(0, wobble, (runs, planned)) if wobble else gain
-        logits = np.broadcast_to(gains, (runs, planned))[..., None] + draws.normal(
-            0, 1, (runs, 1, prompts)
-        )
+    for gain, wavers in ((case.held_out(time), case.wavers), (case.training(time), 0.0)):
+        gains = gain + wavers * draws.normal(0, 1, (runs, planned))
+        logits = gains[..., None] + draws.normal(0, 1, (runs, 1, prompts))
         values = 1 / (1 + np.exp(-(logits + draws.normal(0, 0.7, logits.shape))))
         if hard:
             values = (draws.random(values.shape) < values).astype(float)
         sides.append(np.concatenate([np.full((runs, 1, prompts), 0.5), values], axis=1))
+    return sides[0], sides[1]
+
+
+class Rule(NamedTuple):
+    """A rule of its kind: the margin of a fall, the factor of its p-value, the gap instead."""
+
+    margin: float = LEAST
+    factor: float = RADEMACHER
+    gap: bool = False
+
+
+RULES = {
+    "the rule": Rule(),
+    "margin of 1 point": Rule(margin=0.01),
+    "no margin": Rule(margin=0.0),
+    "normal p-value": Rule(factor=1.0),
+    "gap between the judges": Rule(gap=True),
+}
+
+
+def _alarms(sides: tuple[FloatArray, FloatArray], rule: Rule) -> dict[str, float | None]:
+    """The share of runs with an alarm, and after which evaluation it comes on average."""
     held_out, training = sides
-    fired = np.zeros(runs, dtype=bool)
+    planned = held_out.shape[1] - 1
     level = LEVEL / (planned * (planned + 1) / 2)
+    first = np.zeros(len(held_out), dtype=int)
     for now in range(1, planned + 1):
         for then in range(now):
-            fall = _p_values(held_out[:, then] - held_out[:, now] - LEAST)
-            fired |= (fall < level) & (_p_values(training[:, now] - training[:, then]) < LEVEL)
-    return float(fired.mean())
+            fall = held_out[:, then] - held_out[:, now] - rule.margin
+            rise = training[:, now] - training[:, then]
+            found = _p_values(fall + rise if rule.gap else fall, rule.factor) < level
+            first[(first == 0) & found & (_p_values(rise) < LEVEL)] = now
+    fired = first > 0
+    return {
+        "alarms": float(fired.mean()),
+        "after": float(first[fired].mean()) if fired.any() else None,
+    }
 
 
-def _p_values(difference: FloatArray) -> FloatArray:
+def _p_values(difference: FloatArray, factor: float = RADEMACHER) -> FloatArray:
     """`p_greater` of many runs at once, [runs]."""
     size = np.sqrt(np.square(difference).sum(axis=1))
     z = np.divide(difference.sum(axis=1), size, out=np.full(len(size), -np.inf), where=size > 0)
-    return np.minimum(1, RADEMACHER * norm.sf(z))
+    return np.minimum(1, factor * norm.sf(z))
 
 
 def _first(rows: Sequence[Judged], planned: int) -> int | None:
@@ -208,12 +264,11 @@ def _pairs(seed: str, bonus: float, mixture: Mixture) -> list[dict[str, Any]]:
 # --- what came of them ---------------------------------------------------------------------------
 
 
-def measure(run: Path, judge: Path, seed: int) -> dict[str, Any]:
+def measure(run: Path, seed: int) -> dict[str, Any]:
     """A run's evaluations by training's judge, two held-out ones and gold, and its alarms."""
     folder = run / "evaluations"
     base = read_lines(folder / "baseline.jsonl")
     prompts, start = [row["prompt"] for row in base], [row["completion"] for row in base]
-    training = load_judge("reward_model", str(judge))
     half = np.full(len(prompts), 0.5)
     judged = {name: [Judged(0, half, half)] for name in ("reward model", "noisy annotator")}
     gold = [_quality(prompts, start)]
@@ -221,10 +276,13 @@ def measure(run: Path, judge: Path, seed: int) -> dict[str, Any]:
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text())
         answers = [row["completion"] for row in read_lines(path.parent / "answers.jsonl")]
-        told = training.prefer(prompts, answers, start)
         true = [gold_preference(*each) for each in zip(prompts, answers, start, strict=True)]
-        seen = [row["preference"] for row in read_lines(path.parent / "preferences.jsonl")]
-        held = {"reward model": np.array(seen), "noisy annotator": _noisy(true, seed, result)}
+        rows_of = read_lines(path.parent / "preferences.jsonl")
+        seen, told = (
+            np.array([row[name] for row in rows_of])
+            for name in ("preference", "training_preference")
+        )
+        held = {"reward model": seen, "noisy annotator": _noisy(true, seed, result)}
         for name, values in held.items():
             judged[name].append(Judged(result["after"], values, told))
         rows.append(

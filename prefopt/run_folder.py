@@ -51,7 +51,13 @@ def check_run(recipe: Recipe) -> None:
     trained = begun or last_complete_checkpoint(folder / "checkpoints")
     if not trained or not stored.exists():
         return
-    changes = differences(load_recipe(stored).resolved(), recipe.resolved())
+    try:
+        before = load_recipe(stored)
+    except PrefoptError as error:
+        raise PrefoptError(
+            f"{error}; restore the file, or, if the recipe is as it was, delete it"
+        ) from error
+    changes = differences(before.resolved(), recipe.resolved())
     # what a run is watched for may change too: a guard that has ended it is set anew
     different = {
         key: change

@@ -101,6 +101,7 @@ def kill_late(bench: Bench, case: str, run: Path, chance: Random) -> None:
         process = bench.start(case, run, moment.write)
         reached = process.reach(moment)
         process.kill()
+        reached = reached and not (run / "summary.json").exists()
         if reached and phase(run, process.began, bench.whole[case].run) != "loading":
             return
         shutil.rmtree(run, ignore_errors=True)
@@ -133,6 +134,8 @@ def damaged(
         result = REFUSED
         if not names(refusal, path, run):
             lost.append(f"the error does not name the file: {refusal}")
+        if not re.search("restore|delete", refusal):
+            lost.append(f"the error does not say what to do: {refusal}")
         remedy = mend(refusal, path, run, killed, chance)
         ended = bench.finish(case, run)
         if ended.code:

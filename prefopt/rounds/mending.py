@@ -43,7 +43,7 @@ def clear_damaged(folder: Path, *, past: bool = False) -> None:
         for damage in rollouts.values() if past else ():
             raise _lost(damage)
         judgements = damaged(sorted(drawing.glob("judgements-*.jsonl")))
-        gone = not past and any(map(_is_gone, summed_files(drawing)))
+        gone = [] if past else [path for path in summed_files(drawing) if not path.exists()]
         if not rollouts and not judgements and not gone:
             continue
         _remove(folder / REPORT)  # the round is not complete from here on
@@ -53,7 +53,7 @@ def clear_damaged(folder: Path, *, past: bool = False) -> None:
             if _number(later) > _number(drawing):
                 remove_directory(later)
         set_aside(judgements)
-        for path in rollouts:
+        for path in (*rollouts, *gone):
             _remove(path.with_name(path.stem.replace("rollouts", "judgements") + ".jsonl"))
         set_aside(rollouts)
         return

@@ -22,7 +22,7 @@ from prefopt.determinism import circumstances, determinism
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.rounds.facts import FORMAT, check_format, differences, listed
-from prefopt.rounds.storage import append, atomic_write
+from prefopt.rounds.storage import append, atomic_write, remove_partial
 from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 # where samples are drawn, and how weights get there, may change between two starts of a run
@@ -74,6 +74,8 @@ def check_run(recipe: Recipe) -> None:
 def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
     """Writes the resolved recipe, the environment and the facts about the data of a run.
 
+    What killed processes left half-written in its folder is removed.
+
     Args:
         recipe: The recipe.
         data: What a resumed run must find unchanged, as plain values.
@@ -91,6 +93,7 @@ def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
                 f"{folder}: this run was begun with other {listed(different)}; "
                 "restore what was there, or choose another run_dir"
             )
+    remove_partial(folder)
     atomic_write(facts, json.dumps({"format": FORMAT, **data}, indent=2) + "\n")
     found = environment()
     found["determinism"] = determinism(circumstances(recipe, found, data.get("processes", 1)))

@@ -516,6 +516,8 @@ def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(
     (shard,) = run.glob("log_probs/*/shard-00000.safetensors")
     flip(shard)
     flip(run / "final" / "model.safetensors")
+    for path in (run / "recipe.yaml", shard):
+        path.with_name(f".{path.name}.partial-1").write_text("half")
     train(recipe)
     assert "checkpoint-4/model.safetensors: found" in warned.text
     assert "this checkpoint is passed over" in warned.text

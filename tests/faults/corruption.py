@@ -16,8 +16,8 @@ from faults.runs import Bench, differences, leftovers, random_moment, scaled
 from faults.table import Event, Fault, counts, fault
 
 KILLED = 2  # runs of each case
-DAMAGES = 5  # to each of them, one after another, each to all as it was
-SHARDS = 3  # of these to a shard of the newest round, where there is any
+DAMAGES = 6  # to each of them, one after another, each to all as it was
+SHARDS = 4  # of these to a shard of the newest round, where there is any
 OWED = 20  # damaged shards of rounds in all, those that were not read again not counted
 AGAIN, REFUSED, UNREAD = "made again or not needed", "refused, with the remedy", "not read again"
 
@@ -101,8 +101,8 @@ def kill_late(bench: Bench, case: str, run: Path, chance: Random) -> None:
         process = bench.start(case, run, moment.write)
         reached = process.reach(moment)
         process.kill()
-        reached = reached and not (run / "summary.json").exists()
-        if reached and phase(run, process.began, bench.whole[case].run) != "loading":
+        at = phase(run, process.began, bench.whole[case].run)
+        if reached and at not in ("loading", "ending"):  # at its end little is read again
             return
         shutil.rmtree(run, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from prefopt.determinism import circumstances, determinism
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe
 from prefopt.rounds.facts import FORMAT, check_format, differences, listed
-from prefopt.rounds.storage import append, atomic_write
+from prefopt.rounds.storage import append, atomic_write, remove_partial
 from prefopt.trainers.checkpoints import last_complete_checkpoint
 
 # where samples are drawn, and how weights get there, may change between two starts of a run
@@ -51,7 +51,13 @@ def check_run(recipe: Recipe) -> None:
     trained = begun or last_complete_checkpoint(folder / "checkpoints")
     if not trained or not stored.exists():
         return
-    changes = differences(load_recipe(stored).resolved(), recipe.resolved())
+    try:
+        before = load_recipe(stored)
+    except PrefoptError as error:
+        raise PrefoptError(
+            f"{error}; restore the file, or, if the recipe is as it was, delete it"
+        ) from error
+    changes = differences(before.resolved(), recipe.resolved())
     # what a run is watched for may change too: a guard that has ended it is set anew
     different = {
         key: change
@@ -67,6 +73,8 @@ def check_run(recipe: Recipe) -> None:
 
 def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
     """Writes the resolved recipe, the environment and the facts about the data of a run.
+
+    What killed processes left half-written in its folder is removed.
 
     Args:
         recipe: The recipe.
@@ -85,6 +93,7 @@ def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
                 f"{folder}: this run was begun with other {listed(different)}; "
                 "restore what was there, or choose another run_dir"
             )
+    remove_partial(folder)
     atomic_write(facts, json.dumps({"format": FORMAT, **data}, indent=2) + "\n")
     found = environment()
     found["determinism"] = determinism(circumstances(recipe, found, data.get("processes", 1)))

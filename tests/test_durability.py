@@ -307,6 +307,18 @@ def test_what_can_be_made_again_is_and_the_run_ends_alike(
     assert kept == contents(whole.rounds_dir)
 
 
+@pytest.mark.parametrize("name", ["rollouts-00000.parquet", "judgements-00000.jsonl"])
+def test_what_is_gone_of_a_round_that_begins_is_made_again(
+    make: Make, whole: RoundTrainer, name: str
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3}
+    interrupted(make, "run", 3, **options)
+    (make("run", **options).rounds_dir / "0001" / "draw-0" / name).unlink()
+    trainer = resume(make, 3, **options)
+    assert equal(weights(trainer.model), weights(whole.model))
+    assert contents(trainer.rounds_dir) == contents(whole.rounds_dir)
+
+
 @pytest.mark.parametrize(("damage", "older"), [(flip, True), (cut, False)])
 def test_samples_of_a_past_policy_are_refused_with_the_way_back(
     make: Make, damage: Damage, older: bool
@@ -475,6 +487,15 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_not_asked_for(tmp_path: Pat
         train(dpo_recipe(tmp_path, {}, {"save_only_model": True}))
 
 
+def test_a_damaged_recipe_is_named_with_what_to_do(tmp_path: Path) -> None:
+    recipe = dpo_recipe(tmp_path, {}, {})
+    recipe.write_resolved(tmp_path / "run" / "recipe.yaml")
+    checkpoint(tmp_path / "run" / "checkpoints", 2)
+    (tmp_path / "run" / "recipe.yaml").write_text("seed: \0")
+    with pytest.raises(PrefoptError, match=r"recipe\.yaml: .*; restore the file, or, if"):
+        train(recipe)
+
+
 def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
     recipe = dpo_recipe(tmp_path, {}, {})
     Path(recipe.run_dir).mkdir()
@@ -495,6 +516,8 @@ def test_a_run_goes_on_though_its_checkpoint_and_reference_are_damaged(
     (shard,) = run.glob("log_probs/*/shard-00000.safetensors")
     flip(shard)
     flip(run / "final" / "model.safetensors")
+    for path in (run / "recipe.yaml", shard):
+        path.with_name(f".{path.name}.partial-1").write_text("half")
     train(recipe)
     assert "checkpoint-4/model.safetensors: found" in warned.text
     assert "this checkpoint is passed over" in warned.text

@@ -27,7 +27,7 @@ PAIRS, REPORT, SAMPLES = "pairs.jsonl", "round.json", "draw-*"
 
 
 def clear_damaged(folder: Path, *, past: bool = False) -> None:
-    """Takes what is damaged of a round that begins out of the way.
+    """Takes what is damaged of a round that begins, and what depends on it, out of the way.
 
     One process calls this. Were it killed meanwhile, the next one would find the same damage.
 
@@ -43,7 +43,8 @@ def clear_damaged(folder: Path, *, past: bool = False) -> None:
         for damage in rollouts.values() if past else ():
             raise _lost(damage)
         judgements = damaged(sorted(drawing.glob("judgements-*.jsonl")))
-        if not rollouts and not judgements:
+        gone = [] if past else [path for path in summed_files(drawing) if not path.exists()]
+        if not rollouts and not judgements and not gone:
             continue
         _remove(folder / REPORT)  # the round is not complete from here on
         _remove(folder / PAIRS)
@@ -52,7 +53,7 @@ def clear_damaged(folder: Path, *, past: bool = False) -> None:
             if _number(later) > _number(drawing):
                 remove_directory(later)
         set_aside(judgements)
-        for path in rollouts:
+        for path in (*rollouts, *gone):
             _remove(path.with_name(path.stem.replace("rollouts", "judgements") + ".jsonl"))
         set_aside(rollouts)
         return

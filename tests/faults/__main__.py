@@ -39,7 +39,6 @@ if find_spec("fuzz_targets"):
     from faults import fuzzing
 
     KINDS["fuzzing"] = fuzzing
-LANES = 2  # processes at a time that faults are injected into
 
 
 def main() -> int:
@@ -95,7 +94,7 @@ def inject(
     prepare(folder)
     bench = Bench(folder, {}, options.seed, IMPORTS)
     cases = [] if options.only == ["fuzzing"] else options.cases
-    with ProcessPoolExecutor(LANES, multiprocessing.get_context("fork")) as lanes:
+    with ProcessPoolExecutor(options.lanes, multiprocessing.get_context("fork")) as lanes:
         try:
             wholes = lanes.map(run_whole, [bench] * len(cases), cases)
             bench = replace(bench, whole=dict(zip(cases, wholes, strict=True)))
@@ -175,6 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the faults to inject")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     parser.add_argument("--page", type=Path, help="page whose table is written anew")
+    parser.add_argument("--lanes", type=int, default=2, help="processes at a time")
     parser.add_argument("--folder", type=Path, help="where runs go; default: that of the system")
     return parser.parse_args()
 

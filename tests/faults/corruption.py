@@ -16,9 +16,9 @@ from faults.runs import Bench, differences, leftovers, random_moment, scaled
 from faults.table import Event, Fault, counts, fault
 
 KILLED = 2  # runs of each case
-DAMAGES = 4  # to each of them, one after another, each to all as it was
-SHARDS = 2  # of these to a shard of a round, where there is any
-OWED = 20  # damaged shards of rounds in all
+DAMAGES = 6  # to each of them, one after another, each to all as it was
+SHARDS = 4  # of these to a shard of the newest round, where there is any
+OWED = 20  # damaged shards of rounds in all, those that were not read again not counted
 AGAIN, REFUSED, UNREAD = "made again or not needed", "refused, with the remedy", "not read again"
 
 SHARDS_OF_ROUNDS = "shards of rounds (samples, judgements, log-probs)"
@@ -69,10 +69,10 @@ def rows(events: Sequence[Event]) -> list[Fault]:
 
 
 def wanting(events: Sequence[Event]) -> list[str]:
-    """Says so where too few shards were damaged, or nothing of another part was."""
+    """Says so where too few shards were damaged that are read, or nothing of another part was."""
     found = Counter(event.kind for event in events)
-    short = found[SHARDS_OF_ROUNDS] < OWED
-    few = [f"{found[SHARDS_OF_ROUNDS]} damaged shards, expected {OWED}"] if short else []
+    read = [e for e in events if e.kind == SHARDS_OF_ROUNDS and e.outcome != UNREAD]
+    few = [f"{len(read)} damaged shards, expected {OWED}"] if len(read) < OWED else []
     return few + [f"none of {kind}" for kind in dict.fromkeys(FILES.values()) if not found[kind]]
 
 
@@ -101,7 +101,8 @@ def kill_late(bench: Bench, case: str, run: Path, chance: Random) -> None:
         process = bench.start(case, run, moment.write)
         reached = process.reach(moment)
         process.kill()
-        if reached and phase(run, process.began, bench.whole[case].run) != "loading":
+        at = phase(run, process.began, bench.whole[case].run)
+        if reached and at not in ("loading", "ending"):  # at its end little is read again
             return
         shutil.rmtree(run, ignore_errors=True)
 
@@ -117,9 +118,12 @@ def damaged(
         run: Its folder.
         killed: A copy of it.
         chance: Chooses the file.
-        shard: Whether it is one of a round, if there are any.
+        shard: Whether it is one of the newest round, if there are any.
     """
     there = {p: [f for f in sorted(run.glob(p)) if not is_partial(f)] for p in FILES}
+    *_, newest = sorted(run.glob("rounds/0*")) or [run]
+    for pattern in [pattern for pattern in FILES if FILES[pattern] == SHARDS_OF_ROUNDS]:
+        there[pattern] = [path for path in there[pattern] if path.is_relative_to(newest)]
     kinds = sorted({FILES[pattern] for pattern, files in there.items() if files})
     others = [kind for kind in kinds if kind != SHARDS_OF_ROUNDS] or kinds
     kind = SHARDS_OF_ROUNDS if shard and SHARDS_OF_ROUNDS in kinds else chance.choice(others)
@@ -133,6 +137,8 @@ def damaged(
         result = REFUSED
         if not names(refusal, path, run):
             lost.append(f"the error does not name the file: {refusal}")
+        if not re.search("restore|delete", refusal):
+            lost.append(f"the error does not say what to do: {refusal}")
         remedy = mend(refusal, path, run, killed, chance)
         ended = bench.finish(case, run)
         if ended.code:

@@ -13,6 +13,7 @@ from random import Random
 from run_folders import PHASES, Stamp, checkpoint_stamps, phase, stamps
 
 from faults.runs import (
+    CASES,
     Bench,
     Ended,
     Moment,
@@ -27,7 +28,6 @@ from faults.runs import (
     trainer_of,
 )
 from faults.table import Event, Fault, counts, fault, phases
-from prefopt.trainers import TRAINERS
 from prefopt.trainers.checkpoints import step_of
 
 PREEMPTED = 75
@@ -81,7 +81,7 @@ def wanting(events: Sequence[Event]) -> list[str]:
     killed = [event for event in events if event.kind == "SIGKILL"]
     few = [f"{len(killed)} kills, expected {OWED}"] if len(killed) < OWED else []
     met = {trainer_of(event.case) for event in killed}
-    few += [f"no kill of {name}" for name in TRAINERS if name not in met]
+    few += [f"no kill of {name}" for name in sorted({*map(trainer_of, CASES)} - met)]
     return few + [f"no kill while {name}" for name in phases_missed(killed)]
 
 

@@ -25,6 +25,7 @@ from run_folders import beside_the_policy, complete, is_partial
 from transformers import AutoModelForCausalLM
 
 from prefopt.cli import main
+from prefopt.errors import PrefoptError
 from prefopt.models.load import load_reward_model
 from prefopt.rounds.store import read_lines
 from prefopt.trainers.checkpoints import last_complete_checkpoint
@@ -385,7 +386,11 @@ def differences(run: Path, whole: Path) -> list[str]:
                 found.append(f"{name}/{file} {state}")
     if beside_the_policy(run) != beside_the_policy(whole):
         found.append("what the last checkpoint holds beside the policy differs")
-    if lines_of_log(run) != lines_of_log(whole):
+    try:
+        same = lines_of_log(run) == lines_of_log(whole)
+    except PrefoptError:  # a damaged file, which a run that was complete does not read again
+        same = False
+    if not same:
         found.append("metrics.jsonl differs")
     ends = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
     if ends[0] | {"seconds": 0} != ends[1] | {"seconds": 0}:

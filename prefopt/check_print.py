@@ -183,8 +183,8 @@ def _print_budget(console: Console, budget: Mapping[str, Any]) -> None:
 def duration(seconds: float) -> str:
     """One figure and a unit: an estimate of this kind has no second figure.
 
-    >>> duration(17), duration(5000), duration(1e6)
-    ('20 s', '1 h', '10 days')
+    >>> duration(17), duration(10_000), duration(1e6)
+    ('20 s', '3 h', '10 days')
     """
     for unit, length, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 36)):
         if seconds < most * length:

@@ -282,3 +282,12 @@ def test_what_is_not_printable_is_escaped_in_messages() -> None:
     error = DataError("f:1", "a\nb", "found '\x1b[2J', expected 'é'")
     assert str(error) == "f:1: field 'a\\nb': found '\\x1b[2J', expected 'é'"
     assert error.problem == "found '\x1b[2J', expected 'é'"
+
+
+def test_a_gzip_file_that_is_damaged_and_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    whole = bytearray(gzip.compress(b'{"prompt": "caf\xe9"}'))
+    whole[-8] ^= 1  # of the sum, which is looked at where the file ends
+    path.write_bytes(whole)
+    with pytest.raises(PrefoptError, match="not a readable gzip file"):
+        list(read_rows(path))

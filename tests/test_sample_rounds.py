@@ -106,7 +106,7 @@ def moved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 def files_of_rounds(trainer: RoundTrainer) -> dict[str, bytes]:
     found = contents(trainer.rounds_dir)
-    return {name: value for name, value in found.items() if name != "start.json"}
+    return {name: value for name, value in found.items() if "start.json" not in name}
 
 
 # --- gradient accumulation -----------------------------------------------------------------------

@@ -198,8 +198,11 @@ def _read_file(file: Path) -> Iterator[LocatedRow]:
         if file.suffix == ".parquet":
             yield from _read_parquet(file)
         else:
-            with _open_text(file) as handle:
-                yield from _read_json(handle, file)
+            try:
+                with _open_text(file) as handle:
+                    yield from _read_json(handle, file)
+            except UnicodeDecodeError as error:
+                raise _not_text(file, error) from error  # it reads the file once more
     except EOFError as error:
         raise PrefoptError(
             f"{file}: the gzip stream ends early, so the file is truncated; copy or download it "
@@ -209,8 +212,6 @@ def _read_file(file: Path) -> Iterator[LocatedRow]:
         raise PrefoptError(
             f"{file}: not a readable gzip file ({error}); copy or download it again"
         ) from error
-    except UnicodeDecodeError as error:
-        raise _not_text(file, error) from error
     except OSError as error:
         raise PrefoptError(f"{file}: cannot be read ({error.strerror or error})") from error
 

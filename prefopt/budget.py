@@ -9,11 +9,9 @@ for memory, `SAMPLING_UTILISATION`.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ import torch
 from prefopt.data.findings import Findings
 from prefopt.data.token_findings import answer_columns
 from prefopt.data.tokenize import Tokenized
+from prefopt.disk import free_space
 from prefopt.memory import Machine, samples_on_a_tree, size
 from prefopt.objectives.pair import needs_reference
 from prefopt.recipe import Recipe
 from prefopt.trainers.dpo import DPOConfig
-from prefopt.trainers.pair_rounds import PairRoundConfig
 from prefopt.trainers.round_config import RoundConfig
 
 UTILISATION = 0.4  # of a matrix product's throughput, in training and scoring
@@ -76,11 +74,7 @@ def plan_of(
             steps, min(steps * micro * accumulation, _rows(steps, an_epoch, num_rows)), (), 0
         )
     samples = args.samples_drawn(recipe.rollout.samples_per_prompt)
-    rows = list(rounds)
-    if isinstance(args, PairRoundConfig):
-        each = recipe.rollout.samples_per_prompt // 2 if args.pairing == "independent" else 1
-        rows = [each * prompts for prompts in rows]
-        rows = list(accumulate(rows)) if args.data_window == "all_so_far" else rows
+    rows = args.rows_planned(rounds, recipe.rollout.samples_per_prompt)
     passes = [math.ceil(n * args.num_train_epochs) for n in rows]
     steps = sum(math.ceil(n / (micro * accumulation)) for n in passes)
     steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
@@ -131,7 +125,8 @@ def budget(
     if "parameters" not in memory:
         return result | {"seconds": None, "time": "the model could not be counted"}
     flops = _flops(args, memory, tokens)
-    result |= {"disk": _disk(recipe, args, plan, memory, tokens, machine), "free": _free(recipe)}
+    result["disk"] = _disk(recipe, args, plan, memory, tokens, machine)
+    result["free"] = free_space(Path(recipe.run_dir))
     result["flops"] = flops
     result["assumptions"] = (
         f"{_per_token(args, memory)} operations a parameter and trained token, 2 a token read or "
@@ -228,8 +223,3 @@ def _disk(
     final = memory["parameters"] * width + (trained if adapter else 0)
     weights = trained if plan.rounds else 0  # those that the run began with
     return round(kept * checkpoint + final + weights + BYTES_A_SAMPLED_TOKEN * tokens["generated"])
-
-
-def _free(recipe: Recipe) -> int:
-    folder = Path(recipe.run_dir).absolute()
-    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free

@@ -91,6 +91,12 @@ class PairRoundConfig(RoundConfig):
             )
         super().__post_init__()
 
+    def rows_planned(self, prompts: Sequence[int], samples_per_prompt: int) -> list[int]:
+        """The pairs of every round's data if there are no ties."""
+        each = samples_per_prompt // 2 if self.pairing == "independent" else 1
+        pairs = [each * count for count in prompts]
+        return list(accumulate(pairs)) if self.data_window == "all_so_far" else pairs
+
     def pairing_settings(self) -> PairingSettings:
         """The keys on pairing, together."""
         return PairingSettings(self.pairing, self.length_penalty, self.ties, self.soft_labels)
@@ -152,13 +158,6 @@ class PairRoundTrainer(RoundTrainer):
     def rows_of_round(self, index: int) -> int:
         """The pairs a round trains on, of earlier rounds too if these are asked for."""
         return sum(self.reports_of[k]["pairs"] for k in self.window(index))
-
-    def planned_rows(self) -> list[int]:
-        """The pairs of every round's data if there are no ties."""
-        independent = self.args.pairing == "independent"
-        each = self.samples_per_prompt // 2 if independent else 1
-        pairs = [each * len(planned.prompts) for planned in self.plan]
-        return list(accumulate(pairs)) if self.args.data_window == "all_so_far" else pairs
 
     def window(self, index: int) -> range:
         """Its own pairs, or all so far."""

@@ -107,6 +107,15 @@ class RoundConfig(TreeTrainerConfig):
         """Prompts in each round; None: one pass, split evenly over the rounds."""
         return self.prompts_per_round
 
+    def rows_planned(self, prompts: Sequence[int], samples_per_prompt: int) -> list[int]:
+        """The rows that each round trains on, as far as its prompts can say: one a prompt.
+
+        Args:
+            prompts: Of each round.
+            samples_per_prompt: Drawn for each.
+        """
+        return list(prompts)
+
     def samples_drawn(self, samples_per_prompt: int) -> int:
         """Samples that are drawn for a prompt of which so many are asked for."""
         return samples_per_prompt

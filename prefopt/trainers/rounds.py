@@ -88,7 +88,7 @@ class RoundTrainer(TreeTrainer):
     """Base of the trainers that sample.
 
     A subclass says what a round brings to disk (``ask``, ``is_collected``, ``collect``) and what is
-    trained on (``rows_of_round``, ``planned_rows``, ``round_dataset``).
+    trained on (``rows_of_round``, ``round_dataset``).
 
     Args:
         model: The policy; as it is handed in, it is the ``initial`` policy.
@@ -143,7 +143,9 @@ class RoundTrainer(TreeTrainer):
         self.prompts = rows_of(args, train_dataset, processing_class, longest)
         self.plan = args.plan(len(self.prompts))
         self.args = args  # transformers sets it too, but only after its number of steps is asked
-        self.planned_steps = [self._steps(rows) for rows in self.planned_rows()]
+        prompts = [len(planned.prompts) for planned in self.plan]
+        rows = args.rows_planned(prompts, self.samples_per_prompt)
+        self.planned_steps = [self._steps(count) for count in rows]
         planned = sum(self.planned_steps)
         args.max_steps = min(planned, args.max_steps) if args.max_steps > 0 else planned
         self.fingerprint = shared_fingerprint(model)  # before an adapter or a checkpoint
@@ -195,10 +197,6 @@ class RoundTrainer(TreeTrainer):
 
     def collect(self, index: int, folder: Path) -> dict[str, float]:
         """Brings a round to disk, going on from what is there; returns the seconds it took."""
-        raise NotImplementedError
-
-    def planned_rows(self) -> list[int]:
-        """The rows each round trains on, as far as the plan can say."""
         raise NotImplementedError
 
     def rows_of_round(self, index: int) -> int:

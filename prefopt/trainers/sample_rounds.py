@@ -190,10 +190,6 @@ class SampleRoundTrainer(RoundTrainer):
             progress=partial(self.progress, index),
         )
 
-    def planned_rows(self) -> list[int]:
-        """Every prompt of a round is a row."""
-        return [len(planned.prompts) for planned in self.plan]
-
     def rows_of_round(self, index: int) -> int:
         """Every prompt of a round is a row."""
         return len(self.plan[index].prompts)

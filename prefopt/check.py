@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from prefopt.budget import budget, look_at_disk, plan_of
@@ -75,7 +75,7 @@ def check(
         ``errors`` and ``warnings``, how many there are. As far as errors let it see, also
         ``recipe`` (resolved), ``train`` and, where rows are held out, ``evaluation``: see
         :func:`prefopt.data.report.data_report`; of pairs ``length_bias``, see
-        :func:`prefopt.data.token_findings.length_bias`; of an algorithm that samples ``rounds``,
+        :func:`prefopt.check_rows.length_bias`; of an algorithm that samples ``rounds``,
         the prompts of each round, and ``samples``, how many are drawn for each; with a section
         ``eval`` ``win_rate``, see :func:`prefopt.evaluation_recipe.evaluation_report`; ``memory``,
         see :func:`prefopt.memory.memory_report`; and ``budget``, see
@@ -111,9 +111,10 @@ def _look(
 ) -> None:
     """Looks at all that a readable recipe names; puts what it finds beside into the result."""
     tokenizer: PreTrainedTokenizerBase | None = None
+    config: PreTrainedConfig | None = None
     with findings.of("tokenizer"):
         tokenizer = recipe_tokenizer(recipe)
-        look_for_model(recipe, findings)
+        config = look_for_model(recipe, findings)
     rows, items = look_at_rows(recipe, args, tokenizer, findings)
     texts: EvaluationData | None = None
     if recipe.eval is not None and recipe.trainer.algorithm not in NO_POLICY:
@@ -130,7 +131,7 @@ def _look(
         result["evaluation"] = data_report(rows.evaluation, tokenizer)
     if (bias := bias_of(rows.train, findings)) is not None:
         result["length_bias"] = bias
-    look_at_policy(recipe, tokenizer, rows.train, longest, findings)
+    look_at_policy(recipe, config, tokenizer, rows.train, longest, findings)
     if IntervalStrategy(args.eval_strategy) != IntervalStrategy.NO and rows.evaluation is None:
         found = f"trainer.eval_strategy is {IntervalStrategy(args.eval_strategy).value}"
         findings.add("settings", f"{found}, and no rows are held out (data.eval_fraction)")

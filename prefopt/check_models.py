@@ -13,7 +13,13 @@ from prefopt.data.template import check_tokenizer
 from prefopt.data.token_findings import whole_lengths
 from prefopt.data.tokenize import Ragged, Tokenized
 from prefopt.errors import PrefoptError
-from prefopt.evaluation_recipe import NO_POLICY, api_of, judge_section, trains_with
+from prefopt.evaluation_recipe import (
+    NO_POLICY,
+    api_of,
+    asks_in_training,
+    judge_section,
+    trains_with,
+)
 from prefopt.models.load import (
     check_quantization,
     check_weights,
@@ -39,16 +45,11 @@ def look_at_machine(recipe: Recipe, args: Any, elsewhere: bool, findings: Findin
     if isinstance(args, RoundConfig) and recipe.rollout.engine == "vllm":
         with findings.of("machine", severity):
             check_installed("rollout.engine")
-    if recipe.judge is not None and asks(args) and recipe.judge.engine == "vllm":
+    if recipe.judge is not None and asks_in_training(recipe) and recipe.judge.engine == "vllm":
         with findings.of("machine", severity):
             check_installed("judge.engine")
     with findings.of("machine", severity):
         check_quantization(recipe.model.quantization)
-
-
-def asks(args: Any) -> bool:
-    """Whether an algorithm asks the recipe's judge."""
-    return bool(getattr(args, "asks", None))
 
 
 # --- judges --------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def look_at_judges(
         findings: Where problems go.
     """
     judges: list[tuple[str, JudgeSection | EvalJudgeSection]] = []
-    if recipe.judge is not None and asks(args):
+    if recipe.judge is not None and asks_in_training(recipe):
         judges.append(("judge", recipe.judge))
     if recipe.eval is not None and recipe.trainer.algorithm not in NO_POLICY:
         with findings.of("judge"):
@@ -135,12 +136,16 @@ def _check_score(name: str, path: str, config: PreTrainedConfig | None) -> None:
 # --- the policy ----------------------------------------------------------------------------------
 
 
-def look_for_model(recipe: Recipe, findings: Findings) -> None:
-    """Looks whether the policy's configuration and weights are there."""
+def look_for_model(recipe: Recipe, findings: Findings) -> PreTrainedConfig | None:
+    """Looks whether the policy's configuration and weights are there; returns the former."""
     model = recipe.model
+    config: PreTrainedConfig | None = None
     with findings.of("model"):
-        load_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        config = load_config(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
         check_weights(model.path)
+    return config
 
 
 def longest_row(recipe: Recipe, args: Any, rows: Tokenized) -> int:
@@ -154,14 +159,13 @@ def longest_row(recipe: Recipe, args: Any, rows: Tokenized) -> int:
 
 def look_at_policy(
     recipe: Recipe,
+    config: PreTrainedConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     rows: Tokenized,
     longest: int,
     findings: Findings,
 ) -> None:
     """Compares the policy's context and vocabulary with what it will read."""
-    model = recipe.model
-    config = _config(model.path, model.revision, model.trust_remote_code)
     if config is None:
         return  # an error already
     text = config.get_text_config()
@@ -186,11 +190,9 @@ def look_at_policy(
         findings.add("vocabulary", f"{found}; no row uses those beyond")
 
 
-def _config(
-    path: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedConfig | None:
+def _config(path: str) -> PreTrainedConfig | None:
     try:
-        return load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+        return load_config(path)
     except PrefoptError:
         return None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.findings import Findings
@@ -15,7 +17,6 @@ from prefopt.data.token_findings import (
     Limit,
     encodable,
     kind_of,
-    length_bias,
     length_differences,
     look_at_limits,
     look_at_tokenizer,
@@ -23,6 +24,7 @@ from prefopt.data.token_findings import (
 )
 from prefopt.data.tokenize import Tokenized
 from prefopt.errors import PrefoptError
+from prefopt.eval.win_rate import wilson_interval
 from prefopt.recipe import Recipe
 from prefopt.train import (
     Rows,
@@ -35,6 +37,8 @@ from prefopt.train import (
 )
 from prefopt.trainers.round_config import RoundConfig
 from prefopt.trainers.round_rows import prompt_limit
+
+LENGTH_RULE, PAIRS = 0.6, 20  # accuracy of a length rule that is good, and pairs that show it
 
 
 def look_at_rows(
@@ -101,6 +105,40 @@ def bias_of(rows: Tokenized, findings: Findings) -> dict[str, float] | None:
     """How much longer chosen answers are (`length_bias`), of pairs."""
     differences = length_differences(rows)
     return None if differences is None else length_bias(differences, findings)
+
+
+def length_bias(differences: Any, findings: Findings) -> dict[str, float]:
+    """How much longer chosen answers are, and how well "the longer one is chosen" predicts.
+
+    Args:
+        differences: Tokens of chosen minus those of rejected, int [pairs].
+        findings: Where a rule that is good goes.
+
+    Returns:
+        ``mean`` and its ``standard_error`` in tokens; ``accuracy`` of the rule, equal lengths
+        counting half, with a 95 % Wilson interval from ``low`` to ``high``.
+    """
+    pairs = len(differences)
+    accuracy = float(np.mean(np.sign(differences) / 2 + 0.5))
+    low, high = wilson_interval(accuracy, pairs)
+    mean = float(np.mean(differences))
+    error = float(np.std(differences, ddof=1) / math.sqrt(pairs)) if pairs > 1 else math.nan
+    if pairs >= PAIRS and (low > LENGTH_RULE or high < 1 - LENGTH_RULE):
+        longer = low > LENGTH_RULE
+        right, least, most = (accuracy, low, high) if longer else (1 - accuracy, 1 - high, 1 - low)
+        findings.add(
+            "length rule",
+            f"the {'longer' if longer else 'shorter'} answer is chosen in {right:.1%} of {pairs:,} "
+            f"pairs (95 % interval {least:.1%} to {most:.1%}); chosen minus rejected is "
+            f"{mean:+.1f} tokens (standard error {error:.1f})",
+        )
+    return {
+        "mean": mean,
+        "standard_error": 0.0 if math.isnan(error) else error,
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+    }
 
 
 def look_for_evaluated(items: Iterable[Any], prompts: Iterable[Prompt], findings: Findings) -> None:

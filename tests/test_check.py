@@ -29,12 +29,13 @@ from transformers import GPT2Config
 from prefopt.budget import NO_DEVICE, plan_of
 from prefopt.check import check
 from prefopt.check_print import duration, print_check, rendered
+from prefopt.check_rows import length_bias
 from prefopt.cli import main
 from prefopt.data.findings import Findings, printable
 from prefopt.data.row_findings import pile_of_cut_answers, survey_rows
 from prefopt.data.rows import parse_demonstrations, parse_pair, parse_prompt_row
 from prefopt.data.text_findings import TextChecks, repeats, role_prefix
-from prefopt.data.token_findings import length_bias, wilson
+from prefopt.eval.win_rate import wilson_interval
 from prefopt.train import make_config, read_recipe, train
 from prefopt.world import build_world
 
@@ -285,7 +286,7 @@ def test_the_judge_of_training_is_a_lenient_one(recipe: Path, no_memory: None) -
 
 def test_wilson_interval_by_hand() -> None:
     # n = 10, p = 0.8, z^2 = 3.8415: (0.8 + 0.1921 -+ sqrt(0.016 + 0.0096) 1.96) / 1.3841
-    low, high = wilson(0.8, 10)
+    low, high = wilson_interval(0.8, 10)
     root = 1.959964 * math.sqrt(0.8 * 0.2 / 10 + 3.841459 / 400)
     assert low == pytest.approx((0.8 + 0.19207295 - root) / 1.3841459)
     assert high == pytest.approx((0.8 + 0.19207295 + root) / 1.3841459)

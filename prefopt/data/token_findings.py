@@ -1,8 +1,7 @@
-"""What token ids say: the tokenizer and its template, limits, cut answers, the length rule."""
+"""What token ids say: the tokenizer and its template, limits, cut answers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,6 @@ _SYSTEM: list[Message] = [
     {"role": "system", "content": "A-probe-of-systems"},
     {"role": "user", "content": "Is this a probe?"},
 ]
-_LONG_RULE, _PAIRS = 0.6, 20  # accuracy of a length rule that is good, and pairs that show it
 _LEFT_OUT = {
     "prompt_too_long": "prompt too long",
     "answer_too_long": "answer too long",
@@ -205,56 +203,6 @@ def look_for_cut_answers(
     for i in pile_of_cut_answers(lengths, unfinished.astype(bool), shortest=16):
         text = f"answers of exactly {lengths[i]:,} tokens end in mid-sentence"
         findings.add("cut at one length", text, tokenized.where[rows[i]])
-
-
-# --- the length rule -----------------------------------------------------------------------------
-
-
-def length_bias(differences: Any, findings: Findings) -> dict[str, float]:
-    """How much longer chosen answers are, and how well "the longer one is chosen" predicts.
-
-    Args:
-        differences: Tokens of chosen minus those of rejected, int [pairs].
-        findings: Where a rule that is good goes.
-
-    Returns:
-        ``mean`` and its ``standard_error`` in tokens; ``accuracy`` of the rule, equal lengths
-        counting half, with a 95 % Wilson interval from ``low`` to ``high``.
-    """
-    pairs = len(differences)
-    accuracy = float(np.mean(np.sign(differences) / 2 + 0.5))
-    low, high = wilson(accuracy, pairs)
-    mean = float(np.mean(differences))
-    error = float(np.std(differences, ddof=1) / math.sqrt(pairs)) if pairs > 1 else math.nan
-    if pairs >= _PAIRS and (low > _LONG_RULE or high < 1 - _LONG_RULE):
-        longer = low > _LONG_RULE
-        right, least, most = (accuracy, low, high) if longer else (1 - accuracy, 1 - high, 1 - low)
-        findings.add(
-            "length rule",
-            f"the {'longer' if longer else 'shorter'} answer is chosen in {right:.1%} of {pairs:,} "
-            f"pairs (95 % interval {least:.1%} to {most:.1%}); chosen minus rejected is "
-            f"{mean:+.1f} tokens (standard error {error:.1f})",
-        )
-    return {
-        "mean": mean,
-        "standard_error": 0.0 if math.isnan(error) else error,
-        "accuracy": accuracy,
-        "low": low,
-        "high": high,
-    }
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, JASA 1927).
-
-    >>> [round(bound, 4) for bound in wilson(0.5, 100)]
-    [0.4038, 0.5962]
-    """
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half = z * spread / (1 + z * z / count)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def length_differences(tokenized: Tokenized) -> Any:

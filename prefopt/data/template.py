@@ -30,7 +30,7 @@ _TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
     *(RuntimeError, TypeError, ValueError),
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +248,15 @@ def stop_token_ids(
     return sorted(found - {None})
 
 
+def spellings(tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = ()) -> list[str]:
+    """What a tokenizer reads as a special token though it stands in a text, and more; the longest
+    first.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    found = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    return sorted({*found, *more} - {""}, key=lambda s: (-len(s), s))
+
+
 def without_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
     """Texts with the spellings of special and stop tokens taken out.
 
@@ -258,18 +267,16 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[s
         tokenizer: The judge's tokenizer.
         texts: Any texts.
     """
-    added = tokenizer.added_tokens_decoder.values()
-    found = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-    found |= {*tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))}
-    spellings = sorted(found - {""}, key=lambda s: (-len(s), s))
-    return [_without(spellings, text) for text in texts]
+    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+    spelled = spellings(tokenizer, stops)
+    return [_without(spelled, text) for text in texts]
 
 
-def _without(spellings: Sequence[str], text: str) -> str:
+def _without(spelled: Sequence[str], text: str) -> str:
     before = None
     while text != before:  # what is taken out may have stood inside another
         before = text
-        for spelling in spellings:
+        for spelling in spelled:
             text = text.replace(spelling, "")
     return text
 
@@ -408,7 +415,7 @@ def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     for text in texts:
-        if surrogate := _SURROGATE.search(text):  # tokenizers say only that it is no text
+        if surrogate := HALF_A_CHARACTER.search(text):  # tokenizers say only that it is no text
             raise PrefoptError(
                 f"a text to tokenise has half of a character, {surrogate[0]!r}, after "
                 f"{text[: surrogate.start()][-40:]!r}; expected Unicode; repair or drop the row"

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from prefopt.data.template import HALF_A_CHARACTER, spellings
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # all but tab and line breaks; C1 controls are what cp1252 quotation marks become in Latin-1
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 # A UTF-8 lead byte as cp1252 shows it, and what may follow it.
@@ -50,7 +51,7 @@ class TextChecks:
         """Yields (kind, what was found) for each kind of damage in a text."""
         garbled = False
         if not text.isascii():
-            if half := _SURROGATE.search(text):
+            if half := HALF_A_CHARACTER.search(text):
                 yield "half a character", f"{half[0]!a} in {_around(text, half.start())}"
             if "\ufffd" in text:
                 yield "replacement character", f"U+FFFD in {_around(text, text.index(chr(65533)))}"
@@ -65,13 +66,6 @@ class TextChecks:
         if marked:
             spelled = marked[0].strip()
             yield "special token in text", f"{spelled!r} in {_around(text, marked.start())}"
-
-
-def spellings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a tokenizer reads as a special token though it stands in a text, longest first."""
-    added = tokenizer.added_tokens_decoder.values()
-    found = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-    return sorted(found - {""}, key=lambda s: (-len(s), s))
 
 
 def role_prefix(text: str) -> str | None:

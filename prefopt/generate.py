@@ -100,7 +100,7 @@ def generate_file(arguments: argparse.Namespace) -> dict[str, Any]:
     kept = out.with_name(f".{out.name}.unfinished.jsonl")
     groups, _ = sample_to_file(generator, prompts, settings, kept)
     every = [row for group in groups for row in group]
-    atomic_write(out, json_lines({k: v for k, v in row.items() if k != "index"} for row in every))
+    write_lines(out, ({k: v for k, v in row.items() if k != "index"} for row in every))
     for path in (kept, _record_path(kept)):
         path.unlink()
     return {
@@ -192,7 +192,7 @@ def _record_path(path: Path) -> Path:
 
 
 def _write_rows(path: Path, groups: dict[int, list[dict[str, Any]]]) -> None:
-    atomic_write(path, json_lines(row for index in sorted(groups) for row in groups[index]))
+    write_lines(path, (row for index in sorted(groups) for row in groups[index]))
 
 
 def _read_record(stated: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from prefopt.determinism import circumstances, determinism
 from prefopt.errors import PrefoptError
 from prefopt.recipe import Recipe, load_recipe
-from prefopt.rounds.facts import FORMAT, check_format, differences, listed
+from prefopt.rounds.facts import FORMAT, differences, listed, read_facts
 from prefopt.rounds.storage import append, atomic_write, remove_partial
 from prefopt.trainers.checkpoints import last_complete_checkpoint
 
@@ -105,15 +105,8 @@ def _facts(path: Path) -> dict[str, Any]:
     """What ``data.json`` says; nothing where it is not there."""
     if not path.exists():
         return {}
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text())
-        check_format(path, facts)
-    except (ValueError, AttributeError) as error:
-        raise PrefoptError(
-            f"{path}: cannot be read ({error}); restore the file, or, if the recipe's data are as "
-            "they were, delete it"
-        ) from error
-    return facts
+    otherwise = "restore the file, or, if the recipe's data are as they were, delete it"
+    return read_facts(path, otherwise)
 
 
 def _has_rounds(folder: Path) -> bool:

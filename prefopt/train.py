@@ -33,7 +33,7 @@ from prefopt.errors import PrefoptError
 from prefopt.eval.preference_model import preference_model_report
 from prefopt.eval.reward_model import reward_model_report
 from prefopt.evaluation import Evaluation, EvaluationTask, prompt_ids_of
-from prefopt.evaluation_recipe import evaluation_task, read_evaluation
+from prefopt.evaluation_recipe import asks_in_training, evaluation_task, read_evaluation
 from prefopt.models.load import (
     check_quantization,
     load_policy,
@@ -256,8 +256,7 @@ def check_judge(recipe: Recipe) -> None:
     Raises:
         PrefoptError: It is not, or what runs it is not installed.
     """
-    config, _ = ALGORITHMS[recipe.trainer.algorithm]
-    if recipe.judge is not None and getattr(config, "asks", None):
+    if recipe.judge is not None and asks_in_training(recipe):
         if recipe.judge.engine == "vllm":
             check_installed("judge.engine")
         try:
@@ -563,7 +562,6 @@ def save_final(trainer: Trainer, recipe: Recipe) -> None:
         trainer.save_model(str(partial))
     with _saved_whole(trainer, final) as partial:
         if main:  # from disk, because in memory the model may be sharded
-            (folder / "adapter" / "training_args.bin").unlink(missing_ok=True)
             from peft import PeftModel
 
             with loaded_whole():
@@ -596,8 +594,7 @@ def _saved_whole(trainer: Trainer, path: Path) -> Iterator[Path]:
                 put_in_place(partial, path)
     finally:
         if main:
-            for left in path.parent.glob(f"{partial.name}*"):  # by a killed process, too
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -31,6 +31,24 @@ def check_format(path: Path, found: Mapping[str, Any]) -> None:
         )
 
 
+def read_facts(path: Path, otherwise: str) -> dict[str, Any]:
+    """The facts in a file that is there.
+
+    Args:
+        path: The file.
+        otherwise: What to do where it cannot be read, for the error.
+
+    Raises:
+        PrefoptError: It cannot be read, or a newer version has written it.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        check_format(path, found)
+    except (ValueError, AttributeError) as error:
+        raise PrefoptError(f"{path}: cannot be read ({error}); {otherwise}") from error
+    return found
+
+
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], at: str = ""
 ) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from prefopt.errors import PrefoptError
-from prefopt.rounds.facts import FORMAT, check_format, differences, listed
+from prefopt.rounds.facts import FORMAT, differences, listed, read_facts
 from prefopt.rounds.sums import damaged, expected_sum, set_aside, write_summed
 
 
@@ -42,14 +42,7 @@ def open_facts(path: Path, facts: Mapping[str, Any], made: str) -> None:
     if not path.exists():
         write_summed(path, content)
         return
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        check_format(path, found)
-    except (ValueError, AttributeError) as error:
-        raise PrefoptError(
-            f"{path}: cannot be read ({error}); restore the file, or delete the run folder to "
-            "begin again"
-        ) from error
+    found = read_facts(path, "restore the file, or delete the run folder to begin again")
     plain = json.loads(content)
     changes = differences({key: found.get(key, plain[key]) for key in facts}, plain)
     different = {key: change for key, change in changes if key != "format"}

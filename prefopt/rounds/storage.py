@@ -38,7 +38,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def put_in_place(partial: Path, path: Path) -> None:
     """Flushes a folder and renames it; one that has the name already is there until then."""
     sync_tree(partial)
-    old = _aside(path).with_name(f".{path.name}.partial-old-{os.getpid()}")
+    old = path.with_name(f".{path.name}.partial-old-{os.getpid()}")
     if path.exists():
         path.rename(old)
     try:

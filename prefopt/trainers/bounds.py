@@ -11,8 +11,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 
 from prefopt.errors import PrefoptError
-from prefopt.rounds.storage import atomic_write
-from prefopt.rounds.store import json_lines, read_lines
+from prefopt.rounds.store import read_lines, write_lines
 from prefopt.trainers.base import CompleteCheckpoints
 from prefopt.trainers.rounds import RoundTrainer
 
@@ -244,7 +243,7 @@ class BoundsGuard(TrainerCallback):
             "action": action,
             "message": message,
         }
-        atomic_write(self.path, json_lines([*kept, found]))
+        write_lines(self.path, [*kept, found])
 
     def _rows(self) -> list[dict[str, Any]]:
         return read_lines(self.path) if self.path is not None and self.path.exists() else []

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from prefopt.preemption import Preempted, leave_if_asked
+from prefopt.trainers.checkpoints import step_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class EndsEarly(Trainer):
     def _save_now(self) -> str:
         """Writes a checkpoint of this step if there is none; says which one there is."""
         step, newest = self.state.global_step, self.newest_checkpoint()
-        there = newest is not None and _step_of(newest) == step
+        there = newest is not None and step_of(newest) == step
         # as the main process sees it: others may have looked before it marked the last one complete
         flag = torch.tensor([int(there)], device=self.accelerator.device)
         there = bool(self.accelerator.gather(flag)[0].item())
@@ -120,7 +121,7 @@ class EndsEarly(Trainer):
         newest = self.newest_checkpoint()
         if newest is None:
             return "no step is saved, but all that was made before the first one is on disk"
-        if _step_of(newest) == step:
+        if step_of(newest) == step:
             return f"saved at step {step} as {newest}"
         return f"at step {step}; the last one saved is {newest}"
 
@@ -137,7 +138,3 @@ class _TrainingEnds(TrainerCallback):
         if self.trainer.ending is not None:
             logger.warning(LATE)
             self.trainer.ending = None
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])

@@ -28,7 +28,7 @@ from prefopt.cli import main
 from prefopt.errors import PrefoptError
 from prefopt.models.load import load_reward_model
 from prefopt.rounds.store import read_lines
-from prefopt.trainers.checkpoints import last_complete_checkpoint
+from prefopt.trainers.checkpoints import last_complete_checkpoint, step_of
 from prefopt.world import build_world
 from prefopt.world.tokenizer import world_tokenizer
 
@@ -420,4 +420,4 @@ def leftovers(run: Path) -> list[str]:
 def step_of_checkpoint(run: Path) -> int:
     """The step of the last complete checkpoint; 0 without one."""
     last = last_complete_checkpoint(run / "checkpoints")
-    return 0 if last is None else int(last.name.rsplit("-", 1)[1])
+    return 0 if last is None else step_of(last)

@@ -1,24 +1,18 @@
 """Does the alarm fire in time: policies that game the length of their reward model, honest ones.
 
 ``simulate`` counts false and right alarms on simulated judgements, of the rule and of others that
-it might have been. ``train_seed`` works in the generated world: three reward models, of an
-annotator who also pays for length (``gamed``), of the honest annotator (``honest``), and a held-out
-one of the honest annotator on other pairs; then online DPO against the first and the second, each
-evaluated after every round and warned only, so that it goes on to its end. The rule is applied once
-more afterwards with another held-out judge, an annotator of whose verdicts a quarter is turned
-round. The gold rule measures and decides nothing. The start is a model of the quickstart:
-``prefopt quickstart`` leaves one in ``sft/final``.
+it might have been. ``train_seed`` trains the tiny judges and policies of tests/length_gamers.py,
+evaluated after every round and warned only, so that they go on to their end. Run it with the tests
+on the path: ``PYTHONPATH=tests python benchmarks/over_optimisation.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -26,39 +20,26 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from length_gamers import (
+    ANNOTATORS,
+    EVALUATED,
+    JUDGE,
+    PAID,
+    PAIRS,
+    POLICY,
+    Outcome,
+    optimise,
+    outcome,
+    train_judge,
+)
+from measure import facts
 from scipy.stats import norm
 
 from prefopt.cli import quiet_libraries
-from prefopt.evaluation_alarm import LEAST, LEVEL, RADEMACHER, Judged, watch
-from prefopt.rounds.store import json_lines, read_lines
-from prefopt.train import read_recipe, train
-from prefopt.world import gold_preference, gold_quality
-from prefopt.world.gold import TEMPERATURE
-from prefopt.world.grammar import CANDIDATES, Mixture, draw_answer, draw_prompt
+from prefopt.evaluation_alarm import LEAST, LEVEL, RADEMACHER
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PAIRS = 2000
-BONUS = 0.04  # of quality, for each token more
-TURNED = 0.25  # of the noisy annotator's verdicts
-PADDED = replace(CANDIDATES, padded=0.7)  # the held-out judge has read more long answers
-ROUNDS, PROMPTS, EVALUATED = 44, 64, 192
-POLICY: dict[str, Any] = {
-    "rollout": {"samples_per_prompt": 4, "max_new_tokens": 48, "batch_size": 256},
-    "guards": {"action": "warn"},
-    "trainer": {
-        "algorithm": "online_dpo",
-        "rounds": ROUNDS,
-        "prompts_per_round": PROMPTS,
-        "beta": 0.05,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 32,
-        "num_train_epochs": 1,
-        "logging_steps": 2,
-        "save_strategy": "no",
-    },
-}
+RESULTS = Path(__file__).resolve().parent / "results"
+POLICIES = ("gamed", "honest")
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -188,162 +169,60 @@ def _p_values(difference: FloatArray, factor: float = RADEMACHER) -> FloatArray:
     return np.minimum(1, factor * norm.sf(z))
 
 
-def _first(rows: Sequence[Judged], planned: int) -> int | None:
-    """After how many rounds the alarm fires."""
-    for end in range(2, len(rows) + 1):
-        found = watch(rows[:end], planned)
-        if found is not None and found.alarming:
-            return rows[end - 1].after
-    return None
-
-
 # --- policies ------------------------------------------------------------------------------------
 
 
-def train_seed(seed: int, start: Path, folder: Path) -> None:
-    """Trains the judges and policies of a seed; what is there is not trained again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = _prompts(Random(f"evaluation {seed}"))
-    rows = json_lines([{"prompt": next(prompts)} for _ in range(EVALUATED)])
-    (folder / "prompts.jsonl").write_text(rows)
-    written = {"gamed": (BONUS, CANDIDATES), "honest": (0.0, CANDIDATES), "held_out": (0.0, PADDED)}
-    for name, (bonus, mixture) in written.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text(json_lines(_pairs(f"{name} {seed}", bonus, mixture)))
-        _run(
-            ROOT / "recipes" / "quickstart" / "reward_model.yaml",
-            **{"model.path": start, "data.path": data, "run_dir": folder / f"rm_{name}"},
-            seed=seed,
-        )
-    for name in ("gamed", "honest"):
-        recipe = folder / f"{name}.yaml"
-        content = POLICY | {
-            "model": {"path": str(start)},
-            "data": {"path": str(folder / "honest.jsonl")},
-            "judge": {"kind": "reward_model", "path": str(folder / f"rm_{name}" / "final")},
-            "eval": {
-                "prompts": str(folder / "prompts.jsonl"),
-                "judge": {"kind": "reward_model", "path": str(folder / "rm_held_out" / "final")},
-                "every": 1,
-            },
+def train_seed(seed: int, folder: Path) -> None:
+    """Trains the judges and policies of a seed."""
+    judges = {name: train_judge(name, seed, folder) for name in ANNOTATORS}
+    for name in POLICIES:
+        optimise(name, judges[name], judges["held_out"], seed, folder)
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """What came of a seed: how often its judges are right on held-out pairs, and its policies."""
+    found: dict[str, Any] = {
+        "accuracy": {
+            name: _summary(folder / f"judge_{name}")["reward_model"]["accuracy"]
+            for name in ANNOTATORS
         }
-        recipe.write_text(json.dumps(content))
-        _run(recipe, run_dir=folder / f"policy_{name}", seed=seed)
+    }
+    for name in POLICIES:
+        run = outcome(folder / f"policy_{name}" / "evaluations")
+        found[name] = asdict(run) | {"in_time": in_time(run)}
+    return found
 
 
-def _run(recipe: Path, **overrides: Any) -> None:
-    train(read_recipe(recipe, [f"{key}={value}" for key, value in overrides.items()]))
+def _summary(run: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return summary
 
 
-def _prompts(draws: Random) -> Iterator[Any]:
-    seen = set()
-    while True:
-        prompt = draw_prompt(draws)
-        if (key := json.dumps(prompt)) not in seen:
-            seen.add(key)
-            yield prompt
-
-
-def _pairs(seed: str, bonus: float, mixture: Mixture) -> list[dict[str, Any]]:
-    """Pairs of an annotator who adds a bonus a token to the true quality."""
-    draws = Random(seed)
-    prompts, rows = _prompts(draws), []
-    for _ in range(PAIRS):
-        prompt = next(prompts)
-        a = b = draw_answer(prompt, mixture, draws)
-        while a == b:
-            b = draw_answer(prompt, mixture, draws)
-        worth = [gold_quality(prompt, each) + bonus * len(each.split()) for each in (a, b)]
-        if draws.random() >= 1 / (1 + math.exp((worth[1] - worth[0]) / TEMPERATURE)):
-            a, b = b, a
-        sides = ([{"role": "assistant", "content": each}] for each in (a, b))
-        rows.append(dict(zip(("chosen", "rejected"), sides, strict=True)) | {"prompt": prompt})
-    return rows
-
-
-# --- what came of them ---------------------------------------------------------------------------
-
-
-def measure(run: Path, seed: int) -> dict[str, Any]:
-    """A run's evaluations by training's judge, two held-out ones and gold, and its alarms."""
-    folder = run / "evaluations"
-    base = read_lines(folder / "baseline.jsonl")
-    prompts, start = [row["prompt"] for row in base], [row["completion"] for row in base]
-    half = np.full(len(prompts), 0.5)
-    judged = {name: [Judged(0, half, half)] for name in ("reward model", "noisy annotator")}
-    gold = [_quality(prompts, start)]
-    rows: list[dict[str, Any]] = [{"after": 0, "gold": gold[0], "gold_win_rate": 50.0}]
-    for path in sorted(folder.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        answers = [row["completion"] for row in read_lines(path.parent / "answers.jsonl")]
-        true = [gold_preference(*each) for each in zip(prompts, answers, start, strict=True)]
-        rows_of = read_lines(path.parent / "preferences.jsonl")
-        seen, told = (
-            np.array([row[name] for row in rows_of])
-            for name in ("preference", "training_preference")
-        )
-        held = {"reward model": seen, "noisy annotator": _noisy(true, seed, result)}
-        for name, values in held.items():
-            judged[name].append(Judged(result["after"], values, told))
-        rows.append(
-            {
-                "after": result["after"],
-                "gold": _quality(prompts, answers),
-                "gold_win_rate": 100 * float(np.mean(true)),
-                "training": 100 * float(told.mean()),
-                "length": result["mean_length"],
-                "kl": result["kl"],
-            }
-            | {name: 100 * float(values.mean()) for name, values in held.items()}
-        )
-    alarms = {name: _first(each, ROUNDS) for name, each in judged.items()}
-    return {"evaluations": rows, "alarms": alarms}
-
-
-def _quality(prompts: Sequence[Any], answers: Sequence[str]) -> float:
-    return float(np.mean([gold_quality(*each) for each in zip(prompts, answers, strict=True)]))
-
-
-def _noisy(true: Sequence[float], seed: int, result: dict[str, Any]) -> FloatArray:
-    draws = np.random.default_rng((seed, result["after"]))
-    wins = draws.random(len(true)) < np.array(true)
-    return (wins ^ (draws.random(len(true)) < TURNED)).astype(float)
-
-
-def in_time(run: dict[str, Any], held_out: str) -> bool | None:
-    """Whether gold was not below the start at the alarm, nor before; None without an alarm."""
-    fired = run["alarms"][held_out]
-    if fired is None:
-        return None
-    start, *rows = run["evaluations"]
-    return all(row["gold"] >= start["gold"] for row in rows if row["after"] <= fired)
+def in_time(run: Outcome) -> bool | None:
+    """Whether gold was not below the start at the first alarm; None without an alarm."""
+    return run.gold[run.alarms[0]] >= run.gold[0] if run.alarms else None
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Gold and both judges over the rounds, a column a seed, with the alarms."""
+    """Gold, both judges and length over the rounds, a column a seed, with the first alarm."""
     seeds = list(found)
-    figure, axes = plt.subplots(2, len(seeds), figsize=(3.4 * len(seeds), 5.4), squeeze=False)
+    figure, axes = plt.subplots(2, len(seeds), figsize=(3.2 * len(seeds), 5.6), squeeze=False)
     for column, seed in enumerate(seeds):
-        for row, name in enumerate(("gamed", "honest")):
+        for row, name in enumerate(POLICIES):
             ax, run = axes[row][column], found[seed][name]
-            x = [each["after"] for each in run["evaluations"]]
             lines = {
-                "gold (quality x 100)": [100 * each["gold"] for each in run["evaluations"]],
-                "judge of training": [each.get("training", 50) for each in run["evaluations"]],
-                "held-out reward model": [
-                    each.get("reward model", 50) for each in run["evaluations"]
-                ],
+                "gold x 100": (100 * np.array(run["gold"]), "black"),
+                "win rate by the judge of training": (run["training"], "C1"),
+                "win rate by the held-out judge": (run["held_out"], "C0"),
+                "words in an answer": (run["words"], "C2"),
             }
-            for (label, y), colour in zip(lines.items(), ("black", "C1", "C0"), strict=True):
-                ax.plot(x, y, label=label, color=colour, linewidth=2 if colour == "black" else 1.2)
-            ax.axhline(lines["gold (quality x 100)"][0], color="grey", linewidth=0.8, linestyle=":")
-            styles = {"reward model": ("C0", "-"), "noisy annotator": ("C2", "--")}
-            for judge, (colour, dashes) in styles.items():
-                if run["alarms"][judge] is not None:
-                    at = run["alarms"][judge]
-                    ax.axvline(at, color=colour, linestyle=dashes, label=f"alarm, {judge}")
-            ax.set(title=f"{name} reward model, seed {seed}", ylim=(0, 102))
-            ax.title.set_size(9)
+            for label, (y, colour) in lines.items():
+                ax.plot(y, label=label, color=colour, linewidth=2 if colour == "black" else 1.2)
+            ax.axhline(100 * run["gold"][0], color="grey", linewidth=0.8, linestyle=":")
+            if run["alarms"]:
+                ax.axvline(run["alarms"][0], color="C3", linestyle="--", label="first alarm")
+            ax.set(ylim=(-5, 102))
+            ax.set_title(f"{name} reward model, seed {seed}", size=9)
         axes[1][column].set_xlabel("rounds")
     handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, fontsize=8)
@@ -354,38 +233,34 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--start", type=Path, help="the model that policies and judges begin as")
-    parser.add_argument("--out", type=Path, default=Path("runs/over_optimisation"))
     parser.add_argument(
-        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: simulations only"
+        "--folder", default="runs/over_optimisation", help="where seeds are trained"
     )
-    parser.add_argument("--train-only", action="store_true", help="write no results")
+    parser.add_argument("--output", type=Path, default=RESULTS / "over_optimisation.json")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="none: simulations only"
+    )
     args = parser.parse_args()
     quiet_libraries()
+    found = {}
     for seed in args.seeds:
-        train_seed(seed, args.start, args.out / str(seed))
-    if args.train_only:
-        return
-    found = {
-        str(seed): {
-            name: measure(
-                args.out / str(seed) / f"policy_{name}",
-                args.out / str(seed) / f"rm_{name}" / "final",
-                seed,
-            )
-            for name in ("gamed", "honest")
-        }
-        for seed in args.seeds
+        train_seed(seed, Path(args.folder) / str(seed))
+        found[str(seed)] = measure(Path(args.folder) / str(seed))
+        for name in POLICIES:
+            run = found[str(seed)][name]
+            gold = [round(each, 3) for each in run["gold"]]
+            print(f"seed {seed}, {name}: alarms {run['alarms'][:1]}, in time {run['in_time']}")
+            print(f"  gold {gold}", flush=True)
+    result = facts("over_optimisation", args) | {
+        "tiny": {"pairs": PAIRS, "paid": PAID, "prompts": EVALUATED},
+        "judge": JUDGE,
+        "policy": POLICY,
+        "simulated": simulate(),
+        "seeds": found,
     }
-    result = {"benchmark": "over_optimisation", "simulated": simulate(), "seeds": found}
-    RESULTS.joinpath("over_optimisation.json").write_text(json.dumps(result, indent=1) + "\n")
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
     if found:
-        plot(found, args.out / "over_optimisation.png")
-    for seed, runs in found.items():
-        for name, run in runs.items():
-            told = {judge: (at, in_time(run, judge)) for judge, at in run["alarms"].items()}
-            gold = [round(each["gold"], 3) for each in run["evaluations"]]
-            print(f"seed {seed}, {name}: alarm (round, in time) {told}; gold {gold}")
+        plot(found, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def open_run(recipe: Recipe, data: Mapping[str, Any]) -> None:
         found.pop("format", None)
         if different := dict(differences(found, data)):
             raise PrefoptError(
-                f"{folder}: this run was begun with other {listed(different)}; "
+                f"{facts}: this run was begun with other {listed(different)}; "
                 "restore what was there, or choose another run_dir"
             )
     remove_partial(folder)

@@ -15,7 +15,7 @@ from run_folders import is_partial, phase
 from faults.runs import Bench, differences, leftovers, random_moment, scaled
 from faults.table import Event, Fault, counts, fault
 
-KILLED = 2  # runs of each case
+KILLED = 4  # runs of each case
 DAMAGES = 6  # to each of them, one after another, each to all as it was
 SHARDS = 4  # of these to a shard of the newest round, where there is any
 OWED = 20  # damaged shards of rounds in all, those that were not read again not counted

@@ -22,7 +22,7 @@ from prefopt.rounds.store import json_lines, read_lines
 from prefopt.train import read_recipe, train
 from prefopt.world.grammar import draw_prompt
 
-ROUNDS, EVALUATED, A_ROUND, LONGEST = 24, 512, 48, 24
+ROUNDS, EVALUATED, A_ROUND, LONGEST = 32, 512, 48, 24
 PAIRS = 8000
 PAID = 0.12  # by the gamed annotator for a word, where nothing but nice words is worth 6
 PROMPTS = distinct_prompts(EVALUATED + ROUNDS * A_ROUND)
@@ -93,7 +93,11 @@ def train_judge(name: str, seed: int, folder: Path) -> Path:
     blank = _saved(folder / "blank", seed + 100)
     data = folder / f"{name}.jsonl"
     data.write_text(json_lines(_verdicts(name, seed)))
-    content = {"model": {"path": str(blank)}, "data": {"path": str(data)}, "trainer": JUDGE}
+    content = {
+        "model": {"path": str(blank)},
+        "data": {"path": str(data), "eval_fraction": 0.1},
+        "trainer": JUDGE,
+    }
     _run(folder / f"judge_{name}", content, seed)
     return folder / f"judge_{name}" / "final"
 
@@ -190,7 +194,7 @@ def _saved(folder: Path, seed: int, stops: list[int] | None = None) -> Path:
 
 
 def _run(folder: Path, content: dict[str, Any], seed: int) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     recipe = folder.with_suffix(".json")
     recipe.write_text(json.dumps(content))
     train(read_recipe(recipe, [f"run_dir={folder}", f"seed={seed}"]))

@@ -96,9 +96,18 @@ def test_saved_datasets(tmp_path: Path) -> None:
         read_rows(two, split="dev")
     with pytest.raises(PrefoptError, match="saved without splits"):
         read_rows(one, split="test")
-    (two / "train" / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("name", ["dataset_dict.json", "train/state.json"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "null", "{}", '{"splits": 1, "_data_files": [1]}', "[" * 10_000]
+)
+def test_damaged_saved_datasets(name: str, content: str, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(folder)
+    (folder / name).write_text(content)
     with pytest.raises(PrefoptError, match="cannot be read as a saved dataset") as error:
-        read_rows(two)
+        read_rows(folder)
     one_line(error)
 
 

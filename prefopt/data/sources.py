@@ -346,9 +346,11 @@ def _read_saved(folder: Path, split: str) -> Iterator[LocatedRow]:
     import datasets
     import pyarrow
 
+    # a file that is JSON, but not what datasets has written, is known by a type or name it lacks
+    unlike = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+    except (OSError, *unlike, pyarrow.ArrowException) as error:
         raise PrefoptError(
             f"{folder}: cannot be read as a saved dataset ({_first_line(error)}); save it again"
         ) from error

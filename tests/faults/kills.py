@@ -166,7 +166,7 @@ def begin(
     whole = bench.whole[case]
     if kind == "command line":
         process = command_line(bench.command(case, run), bench.log(run))
-        return process, process.reach(Moment(chance.uniform(0, bench.imports + whole.seconds)))
+        return process, process.reach(Moment(bench.imports + chance.uniform(0, whole.seconds)))
     moment = random_moment(chance, whole, clock)
     process = bench.start(case, run, moment.write)
     return process, process.reach(moment)

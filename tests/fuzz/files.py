@@ -14,7 +14,17 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from fuzz.rows import rows
-from fuzz.target import DEEP, JSON_PIECES, Target, attempt, edited, file_of, json_lines, scratch
+from fuzz.target import (
+    DEEP,
+    JSON_PIECES,
+    Target,
+    attempt,
+    edited,
+    file_of,
+    json_lines,
+    plain,
+    scratch,
+)
 from prefopt.data.rows import parse_pair, validate
 from prefopt.data.sources import SUFFIXES, read_rows
 from prefopt.errors import PrefoptError
@@ -168,17 +178,22 @@ PARQUET_FILES = Target(
 # --- folders -------------------------------------------------------------------------------------
 
 FILES = ["train", "test", "train-00000-of-00002", "train-00001-of-00002", "a.b", "", "validation"]
+SAVED = ["dataset_dict.json", "state.json", "dataset_info.json"]  # of datasets' save_to_disk
+_keys = st.sampled_from(["splits", "_data_files", "filename", "features", "_split", "_type"])
+_facts = (plain | st.dictionaries(_keys, plain | st.lists(st.dictionaries(_keys, plain)))).map(
+    lambda value: json.dumps(value).encode()
+)
 folders = st.tuples(
     st.dictionaries(
         st.builds(
             "{}{}".format,
             st.sampled_from(FILES),
             st.sampled_from([*SUFFIXES, ".txt", ""]),
-        ).filter(bool)
-        | st.sampled_from(["state.json", "dataset_dict.json", "dataset_info.json"]),
+        ).filter(bool),
         st.just(b"") | st.just(b'{"prompt": "x"}\n') | edited(_lines.map(json_lines), JSON_PIECES),
         max_size=3,
-    ),
+    )
+    | st.dictionaries(st.sampled_from(SAVED), _facts, min_size=1),
     st.sampled_from(["train", "test", "validation", "", "a"]),
 )
 
@@ -198,4 +213,8 @@ def read_folder(case: tuple[dict[str, bytes], str]) -> None:
         assert all(where.startswith(str(folder)) for where, _ in found)
 
 
-FOLDERS = Target(folders, read_folder)
+FOLDERS = Target(
+    folders,
+    read_folder,
+    {f"100,000 brackets in {name}": ({name: DEEP}, "train") for name in SAVED[:2]},
+)

@@ -1,8 +1,9 @@
 """Does the alarm fire in time: policies that game the length of their reward model, honest ones.
 
 ``simulate`` counts false and right alarms on simulated judgements, of the rule and of others that
-it might have been. ``train_seed`` trains the tiny judges and policies of tests/length_gamers.py,
-evaluated after every round and warned only, so that they go on to their end. Run it with the tests
+it might have been. ``measure`` trains the tiny judges and policies of tests/length_gamers.py,
+evaluated after every round and warned only, so that they go on to their end. An alarm is in time if
+gold, from its best evaluation to the alarm, was never below the start. Run it with the tests
 on the path: ``PYTHONPATH=tests python benchmarks/over_optimisation.py``.
 """
 
@@ -26,11 +27,9 @@ from length_gamers import (
     JUDGE,
     PAID,
     PAIRS,
+    POLICIES,
     POLICY,
-    Outcome,
-    optimise,
-    outcome,
-    train_judge,
+    train_seed,
 )
 from measure import facts
 from scipy.stats import norm
@@ -39,7 +38,6 @@ from prefopt.cli import quiet_libraries
 from prefopt.evaluation_alarm import LEAST, LEVEL, RADEMACHER
 
 RESULTS = Path(__file__).resolve().parent / "results"
-POLICIES = ("gamed", "honest")
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -172,35 +170,17 @@ def _p_values(difference: FloatArray, factor: float = RADEMACHER) -> FloatArray:
 # --- policies ------------------------------------------------------------------------------------
 
 
-def train_seed(seed: int, folder: Path) -> None:
-    """Trains the judges and policies of a seed."""
-    judges = {name: train_judge(name, seed, folder) for name in ANNOTATORS}
-    for name in POLICIES:
-        optimise(name, judges[name], judges["held_out"], seed, folder)
-
-
-def measure(folder: Path) -> dict[str, Any]:
-    """What came of a seed: how often its judges are right on held-out pairs, and its policies."""
-    found: dict[str, Any] = {
-        "accuracy": {
-            name: _summary(folder / f"judge_{name}")["reward_model"]["accuracy"]
-            for name in ANNOTATORS
-        }
-    }
-    for name in POLICIES:
-        run = outcome(folder / f"policy_{name}" / "evaluations")
-        found[name] = asdict(run) | {"in_time": in_time(run)}
+def measure(seed: int, folder: Path) -> dict[str, Any]:
+    """What came of a seed: how often its judges are right on pairs kept back, and its policies."""
+    policies = train_seed(seed, folder)
+    found: dict[str, Any] = {}
+    for name in ANNOTATORS:
+        summary = json.loads((folder / f"judge_{name}" / "summary.json").read_text())
+        found[f"accuracy of {name}"] = summary["reward_model"]["accuracy"]
+    for name, run in policies.items():
+        timely = min(run.until_the_alarm()) >= run.gold[0] if run.alarms else None
+        found[name] = asdict(run) | {"in_time": timely}
     return found
-
-
-def _summary(run: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return summary
-
-
-def in_time(run: Outcome) -> bool | None:
-    """Whether gold was not below the start at the first alarm; None without an alarm."""
-    return run.gold[run.alarms[0]] >= run.gold[0] if run.alarms else None
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -238,20 +218,20 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "over_optimisation.json")
     parser.add_argument(
-        "--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="none: simulations only"
+        "--seeds", type=int, nargs="*", default=[20, 21, 22, 23, 24], help="none: simulations only"
     )
     args = parser.parse_args()
     quiet_libraries()
+    made = facts("over_optimisation", args)
     found = {}
     for seed in args.seeds:
-        train_seed(seed, Path(args.folder) / str(seed))
-        found[str(seed)] = measure(Path(args.folder) / str(seed))
+        found[str(seed)] = measure(seed, Path(args.folder) / str(seed))
         for name in POLICIES:
             run = found[str(seed)][name]
             gold = [round(each, 3) for each in run["gold"]]
             print(f"seed {seed}, {name}: alarms {run['alarms'][:1]}, in time {run['in_time']}")
             print(f"  gold {gold}", flush=True)
-    result = facts("over_optimisation", args) | {
+    result = made | {
         "tiny": {"pairs": PAIRS, "paid": PAID, "prompts": EVALUATED},
         "judge": JUDGE,
         "policy": POLICY,

@@ -1,9 +1,10 @@
 """Tiny policies whose reward model was taught by an annotator who pays for length.
 
 An answer is good (`gold`) if its words are nice and it is no longer than twelve. The annotator of
-the gamed reward model knows nice words, but pays for length without end; the honest one, of another
-reward model and of the held-out judge, goes by gold alone. All three judges are trained, each on
-pairs of its own. Gold itself measures, and decides nothing.
+the gamed reward model knows nice words, but pays for length without end; two honest ones go by
+gold, and teach another reward model and the held-out judge. The three judges are trained from
+weights and on pairs of their own. Gold teaches the honest annotators and measures policies; no
+score of it reaches training or the alarm.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from test_rounds import STOPS, TOKENIZER, distinct_prompts, number, tiny_policy
+from test_rounds import STOPS, TOKENIZER, distinct_prompts, number, pair_of, tiny_policy
 
 from prefopt.rounds.store import json_lines, read_lines
 from prefopt.train import read_recipe, train
@@ -24,9 +25,13 @@ from prefopt.world.grammar import draw_prompt
 
 ROUNDS, EVALUATED, A_ROUND, LONGEST = 32, 512, 48, 24
 PAIRS = 8000
-PAID = 0.12  # by the gamed annotator for a word, where nothing but nice words is worth 6
+PAID = 0.12  # by the gamed annotator for a word, where nothing but nice words is worth WHOLE
+WHOLE = 6.0
+CERTAIN = 2.0  # an annotator's log-odds for a difference of one
 PROMPTS = distinct_prompts(EVALUATED + ROUNDS * A_ROUND)
-WORDS = [TOKENIZER.decode(i) for i in range(8, len(TOKENIZER))]  # all that a policy can say
+VOCABULARY = [
+    TOKENIZER.decode(i) for i in range(len(TOKENIZER)) if i not in TOKENIZER.all_special_ids
+]
 JUDGE: dict[str, Any] = {
     "algorithm": "reward_model",
     "learning_rate": 3e-3,
@@ -58,7 +63,7 @@ def too_long(words: list[str]) -> float:
     return max(0, len(words) - 12) / 12
 
 
-NICE, OTHERS = ([word for word in WORDS if nice([word]) == each] for each in (1, 0))
+NICE, OTHERS = ([word for word in VOCABULARY if nice([word]) == each] for each in (1, 0))
 
 
 def gold(text: str) -> float:
@@ -68,78 +73,27 @@ def gold(text: str) -> float:
 
 def gamed(text: str, paid: float = PAID) -> float:
     """What it is worth to an annotator who pays for length."""
-    return 6 * nice(text.split()) + paid * len(text.split())
+    return WHOLE * nice(text.split()) + paid * len(text.split())
 
 
 def honest(text: str) -> float:
     """What it is worth to one who does not."""
-    return 6 * gold(text)
+    return WHOLE * gold(text)
 
 
 ANNOTATORS = {"gamed": gamed, "honest": honest, "held_out": honest}
-
-
-def train_judge(name: str, seed: int, folder: Path) -> Path:
-    """Trains a reward model on an annotator's verdicts.
-
-    Args:
-        name: A key of ``ANNOTATORS``.
-        seed: Of the verdicts and of the training.
-        folder: Where its data and its run go.
-
-    Returns:
-        The folder of the reward model.
-    """
-    blank = _saved(folder / "blank", seed + 100)
-    data = folder / f"{name}.jsonl"
-    data.write_text(json_lines(_verdicts(name, seed)))
-    content = {
-        "model": {"path": str(blank)},
-        "data": {"path": str(data), "eval_fraction": 0.1},
-        "trainer": JUDGE,
-    }
-    _run(folder / f"judge_{name}", content, seed)
-    return folder / f"judge_{name}" / "final"
-
-
-def optimise(name: str, judge: Path, held_out: Path, seed: int, folder: Path) -> Path:
-    """Online DPO from random weights against a judge, watched by another and only warned.
-
-    Returns:
-        The run's folder.
-    """
-    start = _saved(folder / "start", seed, STOPS)
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text(json_lines([{"prompt": prompt} for prompt in PROMPTS[:EVALUATED]]))
-    rows = folder / "rows.jsonl"
-    answers = {"chosen": "cow", "rejected": "dog"}  # not read by online DPO
-    rows.write_text(json_lines([{"prompt": p, **answers} for p in PROMPTS[EVALUATED:]]))
-    content = {
-        "model": {"path": str(start)},
-        "data": {"path": str(rows)},
-        "judge": {"kind": "reward_model", "path": str(judge)},
-        "rollout": {"samples_per_prompt": 4, "max_new_tokens": LONGEST},
-        "eval": {
-            "prompts": str(prompts),
-            "every": 1,
-            "temperature": 0.7,
-            "judge": {"kind": "reward_model", "path": str(held_out)},
-        },
-        "guards": {"action": "warn"},
-        "trainer": POLICY,
-    }
-    return _run(folder / f"policy_{name}", content, seed)
+POLICIES = ("gamed", "honest")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a policy, by evaluation.
+    """What came of a policy, at its start and at each evaluation: after round n at index n.
 
     Attributes:
-        gold: Its mean gold score at the start and at each evaluation.
-        held_out: Its win rate (0-100) over the start by the held-out judge, the start first.
+        gold: Its mean gold score.
+        held_out: Its win rate (0-100) over the start by the held-out judge.
         training: The same by the judge of training.
-        words: How long its answers were.
+        words: How long its answers are.
         alarms: After which rounds there was an alarm.
     """
 
@@ -148,6 +102,61 @@ class Outcome:
     training: list[float]
     words: list[float]
     alarms: list[int]
+
+    def until_the_alarm(self) -> list[float]:
+        """Gold from its best evaluation up to the first alarm, which has to be there."""
+        gold = self.gold[: self.alarms[0] + 1]
+        return gold[gold.index(max(gold)) :]
+
+
+def train_seed(seed: int, folder: Path) -> dict[str, Outcome]:
+    """Trains the three judges and both policies; what is there already is not trained again.
+
+    Args:
+        seed: Of all that is random.
+        folder: Where data and runs go: ``judge_NAME``, ``policy_NAME``.
+
+    Returns:
+        What came of each of ``POLICIES``.
+    """
+    judges = {name: _train_judge(name, seed, folder) for name in ANNOTATORS}
+    return {name: _optimise(name, judges, seed, folder) for name in POLICIES}
+
+
+def _train_judge(name: str, seed: int, folder: Path) -> Path:
+    own = Random(f"{name} {seed}").getrandbits(31)
+    data = folder / f"{name}.jsonl"
+    blank = _saved(folder / f"blank_{name}", own)
+    data.write_text(json_lines(_verdicts(name, own)))
+    content = {
+        "model": {"path": str(blank)},
+        "data": {"path": str(data), "eval_fraction": 0.1},
+        "trainer": JUDGE,
+    }
+    return _run(folder / f"judge_{name}", content, own) / "final"
+
+
+def _optimise(name: str, judges: dict[str, Path], seed: int, folder: Path) -> Outcome:
+    """Online DPO from random weights, watched by the held-out judge and only warned."""
+    start = _saved(folder / "start", seed, STOPS)
+    prompts, rows = folder / "prompts.jsonl", folder / "rows.jsonl"
+    prompts.write_text(json_lines([{"prompt": prompt} for prompt in PROMPTS[:EVALUATED]]))
+    rows.write_text(json_lines([pair_of(prompt) for prompt in PROMPTS[EVALUATED:]]))
+    content = {
+        "model": {"path": str(start)},
+        "data": {"path": str(rows)},
+        "judge": {"kind": "reward_model", "path": str(judges[name])},
+        "rollout": {"samples_per_prompt": 4, "max_new_tokens": LONGEST},
+        "eval": {
+            "prompts": str(prompts),
+            "every": 1,
+            "temperature": 0.7,
+            "judge": {"kind": "reward_model", "path": str(judges["held_out"])},
+        },
+        "guards": {"action": "warn"},
+        "trainer": POLICY,
+    }
+    return outcome(_run(folder / f"policy_{name}", content, seed) / "evaluations")
 
 
 def outcome(evaluations: Path) -> Outcome:
@@ -167,12 +176,12 @@ def outcome(evaluations: Path) -> Outcome:
 
 
 def _verdicts(name: str, seed: int) -> list[dict[str, Any]]:
-    draws, worth, rows = Random(f"{name} {seed}"), ANNOTATORS[name], []
+    draws, worth, rows = Random(seed), ANNOTATORS[name], []
     while len(rows) < PAIRS:
         a, b = (_babble(draws) for _ in range(2))
         if a == b:
             continue
-        if draws.random() >= 1 / (1 + math.exp(2 * (worth(b) - worth(a)))):
+        if draws.random() >= 1 / (1 + math.exp(CERTAIN * (worth(b) - worth(a)))):
             a, b = b, a
         rows.append({"prompt": draw_prompt(draws), "chosen": a, "rejected": b})
     return rows

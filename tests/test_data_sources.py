@@ -111,6 +111,24 @@ def test_damaged_saved_datasets(name: str, content: str, tmp_path: Path) -> None
     one_line(error)
 
 
+def test_saved_datasets_are_read_as_they_are_whatever_their_format(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.with_format("numpy", columns=list(ROWS[0])[:1]).save_to_disk(tmp_path / "saved")
+    assert [row for _, row in read_rows(tmp_path / "saved")] == ROWS
+
+
+def test_values_of_saved_datasets_that_cannot_be_read(tmp_path: Path) -> None:
+    times = pyarrow.array([0, 10**17], pyarrow.timestamp("s"))
+    datasets.Dataset(pyarrow.table({"prompt": ["a", "b"], "when": times})).save_to_disk(
+        tmp_path / "a"
+    )
+    rows = read_rows(tmp_path / "a")
+    assert next(rows)[0] == f"{tmp_path}/a:1"
+    with pytest.raises(PrefoptError, match=r"a:2: found a value that cannot be read") as error:
+        next(rows)
+    one_line(error)
+
+
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []
 

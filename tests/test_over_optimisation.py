@@ -12,10 +12,9 @@ from length_gamers import (
     PROMPTS,
     gamed,
     nice,
-    optimise,
     outcome,
     too_long,
-    train_judge,
+    train_seed,
 )
 from test_rounds import STOPS, Graded, make_trainer, number, tiny_policy
 
@@ -66,20 +65,16 @@ def test_the_alarm_ends_training_before_gold_has_fallen_below_the_start(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [20, 21])
 def test_trained_judges_alarm_in_time_and_an_honest_one_never(seed: int, tmp_path: Path) -> None:
-    """Two minutes: three reward models and two policies are trained."""
-    judges = {name: train_judge(name, seed, tmp_path) for name in ("gamed", "honest", "held_out")}
-    found = {
-        name: outcome(
-            optimise(name, judges[name], judges["held_out"], seed, tmp_path) / "evaluations"
-        )
-        for name in ("gamed", "honest")
-    }
-    start, *scores = found["gamed"].gold
-    first = found["gamed"].alarms[0]
-    assert max(scores) > start + 0.2, "gold had risen"
-    assert scores[-1] < start, "without an alarm gold ends below the start"
-    assert scores[first - 1] >= start, "the alarm came before that"
+    """Two minutes on an idle machine: three reward models and two policies are trained."""
+    found = train_seed(seed, tmp_path)
+    gold = found["gamed"].gold
+    assert found["gamed"].alarms
+    best, *falling = found["gamed"].until_the_alarm()
+    assert best > gold[0] + 0.2, "gold had risen"
+    assert falling, "and was falling"
+    assert min(falling) >= gold[0], "but was not below the start yet"
+    assert gold[-1] < gold[0], "as it is in the end, without an alarm"
     assert found["honest"].alarms == []
-    assert found["honest"].gold[-1] > start + 0.2
+    assert found["honest"].gold[-1] > gold[0] + 0.2

@@ -347,7 +347,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[LocatedRow]:
     import pyarrow
 
     # a file that is JSON, but not what datasets has written, is known by a type or name it lacks
-    unlike = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+    unlike = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
     try:
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, *unlike, pyarrow.ArrowException) as error:
@@ -389,7 +389,18 @@ def _read_hub(
 
 
 def _located(dataset: Any, label: str) -> Iterator[LocatedRow]:
-    return ((f"{label}:{number}", row) for number, row in enumerate(dataset, start=1))
+    import pyarrow
+
+    number = 0
+    try:
+        # a stored format leaves columns out, or makes frames of rows
+        for number, row in enumerate(dataset.with_format(None), start=1):
+            yield f"{label}:{number}", row
+    except (ArithmeticError, LookupError, OSError, ValueError, pyarrow.ArrowException) as error:
+        raise PrefoptError(
+            f"{label}:{number + 1}: found a value that cannot be read ({_first_line(error)}); "
+            "remove the row, or write its column as text"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -193,7 +193,9 @@ folders = st.tuples(
         st.just(b"") | st.just(b'{"prompt": "x"}\n') | edited(_lines.map(json_lines), JSON_PIECES),
         max_size=3,
     )
-    | st.dictionaries(st.sampled_from(SAVED), _facts, min_size=1),
+    | st.dictionaries(
+        st.sampled_from(SAVED), _facts | edited(_facts, JSON_PIECES), min_size=1, max_size=3
+    ),
     st.sampled_from(["train", "test", "validation", "", "a"]),
 )
 
@@ -216,5 +218,8 @@ def read_folder(case: tuple[dict[str, bytes], str]) -> None:
 FOLDERS = Target(
     folders,
     read_folder,
-    {f"100,000 brackets in {name}": ({name: DEEP}, "train") for name in SAVED[:2]},
+    {
+        f"100,000 brackets in {name}": ({"dataset_info.json": b"{}", name: DEEP}, "train")
+        for name in SAVED
+    },
 )

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from test_rounds import STOPS, TOKENIZER, distinct_prompts, number, pair_of, tiny_policy
+from test_rounds import STOPS, TOKENIZER, distinct_prompts, number, tiny_policy
 
 from prefopt.rounds.store import json_lines, read_lines
 from prefopt.train import read_recipe, train
@@ -141,7 +141,8 @@ def _optimise(name: str, judges: dict[str, Path], seed: int, folder: Path) -> Ou
     start = _saved(folder / "start", seed, STOPS)
     prompts, rows = folder / "prompts.jsonl", folder / "rows.jsonl"
     prompts.write_text(json_lines([{"prompt": prompt} for prompt in PROMPTS[:EVALUATED]]))
-    rows.write_text(json_lines([pair_of(prompt) for prompt in PROMPTS[EVALUATED:]]))
+    unread = {"chosen": "cow", "rejected": "dog"}  # online DPO makes its own pairs
+    rows.write_text(json_lines([{"prompt": p, **unread} for p in PROMPTS[EVALUATED:]]))
     content = {
         "model": {"path": str(start)},
         "data": {"path": str(rows)},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from atexit import register
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, TypeVar
@@ -53,7 +53,8 @@ def scratch() -> Path:
     memory = Path("/dev/shm")  # where it exists, flushing a file costs nothing
     parent = memory if memory.is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="prefopt-fuzz-", dir=parent))
-    register(rmtree, folder, ignore_errors=True)
+    # unlike atexit's, also called where a process of a pool ends
+    Finalize(None, rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
     return folder
 
 

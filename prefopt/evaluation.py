@@ -265,18 +265,10 @@ class Evaluation:
     def _make(self, done: int, folder: Path) -> None:
         measured = self.task.load_start is not None and measures_kl(self.trainer)
         samples = folder / "samples.jsonl" if measured else None
+        (answered,) = self._exist(folder / "answers.jsonl")
         texts = self._answer(folder / "answers.jsonl", samples)
         baseline = [row["completion"] for row in read_lines(self.folder / "baseline.jsonl")]
-        preferences = self._judge(texts, baseline)
-        columns = {"preference": preferences}
-        if self.watched is not None:
-            with undisturbed():
-                told = self._prefer(self.watched, {"kind": "of training"}, texts, baseline)
-            columns["training_preference"] = told
-        rows: list[dict[str, Any]] = [{"prompt": index} for index in range(len(texts))]
-        for name, values in columns.items():
-            for row, value in zip(rows, values.tolist(), strict=True):
-                row[name] = None if math.isnan(value) else value
+        preferences, told = self._judgements(done, texts, baseline, keep=answered)
         result: dict[str, Any] = {
             "after": done,
             "unit": self.unit,
@@ -289,7 +281,6 @@ class Evaluation:
         if self.watched is not None:
             result["training_win_rate"] = 100 * float(told.mean())
             result |= self._watch(Judged(done, preferences, told), result)
-        self._write(folder / "preferences.jsonl", json_lines(rows))
         self._write(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
     def _answer(self, path: Path, samples: Path | None = None) -> list[str]:
@@ -361,6 +352,28 @@ class Evaluation:
         tokenizer: Any = trainer.processing_class
         engine = TransformersEngine(model, tokenizer, batch_size=self.task.batch_size)
         return Player(engine, lambda: live_policy(trainer))
+
+    def _judgements(
+        self, done: int, texts: Sequence[str], baseline: Sequence[str], *, keep: bool
+    ) -> FloatArray:
+        """What ``_preferences`` reads; where it is on disk and is kept, no judge is asked again."""
+        path = self.folder / f"{done:04d}" / "preferences.jsonl"
+        (there,) = self._exist(path)
+        if there and keep:
+            found = self._preferences(done)
+            if self.watched is None or not np.isnan(found[1]).all():
+                return found
+        columns = {"preference": self._judge(texts, baseline)}
+        if self.watched is not None:
+            with undisturbed():
+                told = self._prefer(self.watched, {"kind": "of training"}, texts, baseline)
+            columns["training_preference"] = told
+        rows: list[dict[str, Any]] = [{"prompt": index} for index in range(len(texts))]
+        for name, values in columns.items():
+            for row, value in zip(rows, values.tolist(), strict=True):
+                row[name] = None if math.isnan(value) else value
+        self._write(path, json_lines(rows))
+        return self._preferences(done)
 
     def _judge(self, texts: Sequence[str], baseline: Sequence[str]) -> FloatArray:
         """P(the policy's answer beats the baseline's) of each prompt."""

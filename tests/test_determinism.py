@@ -185,10 +185,7 @@ def contents(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.name in (".lock", "environment.json", "recipe.yaml") or path.is_dir():
             continue
-        if path.name == "adapter_config.json":  # PEFT writes a set of names as a list
-            config = json.loads(path.read_text())
-            found[name] = config | {"target_modules": sorted(config["target_modules"])}
-        elif path.suffix == ".json":
+        if path.suffix == ".json":
             found[name] = timeless(json.loads(path.read_text()))
         elif path.name == "metrics.jsonl":
             found[name] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]

@@ -421,6 +421,18 @@ def test_what_is_complete_is_not_made_again(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(tmp_path) if "evaluation/win_rate" in line] == [3, 6]
 
 
+def test_judgements_on_disk_are_not_asked_for_again(tmp_path: Path) -> None:
+    options = {"save_strategy": "no"}
+    _, results = run("online_dpo", tmp_path, **options)
+    for name in ("result.json", "answers.jsonl"):
+        (tmp_path / "evaluations" / "0002" / name).unlink()
+    (tmp_path / "evaluations" / "0001" / "result.json").unlink()
+    judge = StopsAt(9)
+    _, again = run("online_dpo", tmp_path, judge, **options)
+    assert results == again
+    assert judge.left == 8, "only about the answers that were gone"
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.disk import check_space, writing
 from prefopt.errors import PrefoptError
+from prefopt.models.adapter import order_target_modules
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.layout_check import layout_for
 from prefopt.preemption import begin_worker
@@ -157,6 +158,7 @@ class CompleteCheckpoints(FiniteSteps):
         if args.device.type == "cpu":  # cpu:0 among several processes: torch.load knows no such
             vars(args)["_setup_devices"] = torch.device("cpu")
         super().__init__(args=args, **kwargs)
+        order_target_modules(self.model)
         self.add_callback(_EmptyEpochs())
         self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)

@@ -265,10 +265,9 @@ class Evaluation:
     def _make(self, done: int, folder: Path) -> None:
         measured = self.task.load_start is not None and measures_kl(self.trainer)
         samples = folder / "samples.jsonl" if measured else None
-        (answered,) = self._exist(folder / "answers.jsonl")
         texts = self._answer(folder / "answers.jsonl", samples)
         baseline = [row["completion"] for row in read_lines(self.folder / "baseline.jsonl")]
-        preferences, told = self._judgements(done, texts, baseline, keep=answered)
+        preferences, told = self._judgements(done, texts, baseline)
         result: dict[str, Any] = {
             "after": done,
             "unit": self.unit,
@@ -304,6 +303,7 @@ class Evaluation:
                     samples, json_lines([{"prompt": n, "token_ids": c.token_ids} for n, c in drawn])
                 )
             if not there[0]:
+                from_main(lambda: _forget_judgements(path.parent))
                 pairs = zip(self.task.prompts, made[:count], strict=True)
                 self._write(path, json_lines([completion_row(p, 0, c) for p, c in pairs]))
         return [row["completion"] for row in read_lines(path)]
@@ -353,13 +353,11 @@ class Evaluation:
         engine = TransformersEngine(model, tokenizer, batch_size=self.task.batch_size)
         return Player(engine, lambda: live_policy(trainer))
 
-    def _judgements(
-        self, done: int, texts: Sequence[str], baseline: Sequence[str], *, keep: bool
-    ) -> FloatArray:
-        """What ``_preferences`` reads; where it is on disk and is kept, no judge is asked again."""
+    def _judgements(self, done: int, texts: Sequence[str], baseline: Sequence[str]) -> FloatArray:
+        """What ``_preferences`` reads; where it is on disk no judge is asked again."""
         path = self.folder / f"{done:04d}" / "preferences.jsonl"
         (there,) = self._exist(path)
-        if there and keep:
+        if there:
             found = self._preferences(done)
             if self.watched is None or not np.isnan(found[1]).all():
                 return found
@@ -457,6 +455,13 @@ class Evaluation:
             write_summed(path, content)
         self.trainer.accelerator.wait_for_everyone()
         leave_if_asked()
+
+
+def _forget_judgements(folder: Path) -> None:
+    """Removes what judges said of answers in a folder that have to be made anew."""
+    for path in folder.glob("**/preferences.jsonl"):
+        if not (path.parent / "result.json").exists():
+            path.unlink()
 
 
 class _BeforeTraining(TrainerCallback):

@@ -424,13 +424,15 @@ def test_what_is_complete_is_not_made_again(tmp_path: Path) -> None:
 def test_judgements_on_disk_are_not_asked_for_again(tmp_path: Path) -> None:
     options = {"save_strategy": "no"}
     _, results = run("online_dpo", tmp_path, **options)
-    for name in ("result.json", "answers.jsonl"):
-        (tmp_path / "evaluations" / "0002" / name).unlink()
-    (tmp_path / "evaluations" / "0001" / "result.json").unlink()
+    for number in (1, 2):
+        (tmp_path / "evaluations" / f"000{number}" / "result.json").unlink()
+    (tmp_path / "evaluations" / "0002" / "answers.jsonl").unlink()
+    with pytest.raises(Stopped):
+        run("online_dpo", tmp_path, StopsAt(1), **options)  # about the answers that were gone
     judge = StopsAt(9)
     _, again = run("online_dpo", tmp_path, judge, **options)
     assert results == again
-    assert judge.left == 8, "only about the answers that were gone"
+    assert judge.left == 8, "judgements of other answers are not kept"
 
 
 @pytest.mark.parametrize(

@@ -397,9 +397,11 @@ def _located(dataset: Any, label: str) -> Iterator[LocatedRow]:
         for number, row in enumerate(dataset.with_format(None), start=1):
             yield f"{label}:{number}", row
     except (ArithmeticError, LookupError, OSError, ValueError, pyarrow.ArrowException) as error:
+        where = f"{label}:{number + 1}"
         raise PrefoptError(
-            f"{label}:{number + 1}: found a value that cannot be read ({_first_line(error)}); "
-            "remove the row, or write its column as text"
+            f"{where}: found a value that cannot be read ({_first_line(error)}); remove the row, "
+            "or write its column as text",
+            where=where,
         ) from error
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 
-def order_target_modules(model: nn.Module) -> None:
-    """Has a model's adapters, if it has any, stored with the same configuration by every process.
+@contextmanager
+def sets_in_order(model: nn.Module) -> Iterator[None]:
+    """Has the configurations of a model's adapters, if it has any, written the same each time.
 
-    PEFT keeps the names of target modules in a set and writes them in its order, which Python
-    chooses anew for each process.
+    PEFT keeps names, those of the target modules for one, in sets and writes them in their order,
+    which Python chooses anew for each process.
     """
-    for config in getattr(model, "peft_config", {}).values():
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)
+    sets = [
+        (config, name, value)
+        for config in getattr(model, "peft_config", {}).values()
+        for name, value in vars(config).items()
+        if isinstance(value, set)
+    ]
+    for config, name, value in sets:
+        setattr(config, name, sorted(value))
+    try:
+        yield
+    finally:
+        for config, name, value in sets:
+            setattr(config, name, value)

@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from prefopt.data.tree import Layout, PromptTree, TreeBatch, collate_trees
 from prefopt.disk import check_space, writing
 from prefopt.errors import PrefoptError
-from prefopt.models.adapter import order_target_modules
+from prefopt.models.adapter import sets_in_order
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.layout_check import layout_for
 from prefopt.preemption import begin_worker
@@ -158,7 +158,6 @@ class CompleteCheckpoints(FiniteSteps):
         if args.device.type == "cpu":  # cpu:0 among several processes: torch.load knows no such
             vars(args)["_setup_devices"] = torch.device("cpu")
         super().__init__(args=args, **kwargs)
-        order_target_modules(self.model)
         self.add_callback(_EmptyEpochs())
         self.started = time.monotonic()  # earlier by what the processes before this one trained
         check_saves_whole(self)
@@ -223,13 +222,14 @@ class CompleteCheckpoints(FiniteSteps):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves whole weights; under FSDP too, whatever form it keeps the state of training in."""
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is None:
+        with sets_in_order(self.model):
+            if plugin is None:
+                super().save_model(output_dir, _internal_call)
+                return
+            chosen = plugin.state_dict_type
+            plugin.set_state_dict_type("FULL_STATE_DICT")  # of others nothing would be saved here
             super().save_model(output_dir, _internal_call)
-            return
-        chosen = plugin.state_dict_type
-        plugin.set_state_dict_type("FULL_STATE_DICT")  # of others nothing would be saved here
-        super().save_model(output_dir, _internal_call)
-        plugin.set_state_dict_type(chosen)
+            plugin.set_state_dict_type(chosen)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint aside, and gives it its name once its last file is on the disk.

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from prefopt.data.tree import PromptTree
 from prefopt.errors import PrefoptError
 from prefopt.judge import Judge
-from prefopt.models.adapter import order_target_modules
 from prefopt.models.critic import make_critic, reads_same_tokens
 from prefopt.models.forward import enable_trees, supports_tree_attention
 from prefopt.models.gathered import is_partitioned
@@ -88,7 +87,6 @@ class CriticTrainer(SampleRoundTrainer):
             adapter.base_model_name_or_path = None  # the policy's
             adapter.task_type = "SEQ_CLS"  # for which the score head is trained beside the adapter
             self.critic = get_peft_model(critic, adapter)
-            order_target_modules(self.critic)
         self.critic_wrapped: nn.Module = self.critic.to(self.args.device)
 
     def check_sharding(self) -> None:

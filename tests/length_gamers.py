@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from test_rounds import STOPS, TOKENIZER, distinct_prompts, number, tiny_policy
 
-from prefopt.rounds.store import json_lines, read_lines
+from prefopt.rounds.store import read_lines, write_lines
 from prefopt.train import read_recipe, train
 from prefopt.world.grammar import draw_prompt
 
@@ -127,7 +127,7 @@ def _train_judge(name: str, seed: int, folder: Path) -> Path:
     own = Random(f"{name} {seed}").getrandbits(31)
     data = folder / f"{name}.jsonl"
     blank = _saved(folder / f"blank_{name}", own)
-    data.write_text(json_lines(_verdicts(name, own)))
+    write_lines(data, _verdicts(name, own))
     content = {
         "model": {"path": str(blank)},
         "data": {"path": str(data), "eval_fraction": 0.1},
@@ -140,9 +140,9 @@ def _optimise(name: str, judges: dict[str, Path], seed: int, folder: Path) -> Ou
     """Online DPO from random weights, watched by the held-out judge and only warned."""
     start = _saved(folder / "start", seed, STOPS)
     prompts, rows = folder / "prompts.jsonl", folder / "rows.jsonl"
-    prompts.write_text(json_lines([{"prompt": prompt} for prompt in PROMPTS[:EVALUATED]]))
+    write_lines(prompts, ({"prompt": prompt} for prompt in PROMPTS[:EVALUATED]))
     unread = {"chosen": "cow", "rejected": "dog"}  # online DPO makes its own pairs
-    rows.write_text(json_lines([{"prompt": p, **unread} for p in PROMPTS[EVALUATED:]]))
+    write_lines(rows, ({"prompt": prompt, **unread} for prompt in PROMPTS[EVALUATED:]))
     content = {
         "model": {"path": str(start)},
         "data": {"path": str(rows)},

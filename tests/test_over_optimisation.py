@@ -32,7 +32,7 @@ def held_out(text: str) -> float:
 
 
 def test_the_alarm_ends_training_before_gold_has_fallen_below_the_start(tmp_path: Path) -> None:
-    """Eighteen seconds, with rules for judges: a policy has to learn first what it overdoes."""
+    """With rules for judges, in 7 to 18 s: a policy has to learn first what it overdoes."""
     rounds, evaluated = 20, 192
     model = tiny_policy()
     model.generation_config.eos_token_id = STOPS

@@ -323,16 +323,19 @@ def _read_parquet(file: Path) -> Iterator[LocatedRow]:
         ) from error
 
 
+# a date after the year 9999, text that is not UTF-8, a time zone that nobody knows
+_NO_VALUE = (ArithmeticError, LookupError, ValueError)
+
+
 def _python_rows(batch: pyarrow.RecordBatch, file: Path, before: int) -> list[Row]:
     """The rows of a batch, of which `before` precede it in the file."""
     try:
         return batch.to_pylist()
-    except (ArithmeticError, LookupError, ValueError):
-        # a date after the year 9999, text that is not UTF-8, a time zone that nobody knows
+    except _NO_VALUE:
         for number, name in product(range(batch.num_rows), batch.schema.names):
             try:
                 batch.column(name)[number].as_py()
-            except (ArithmeticError, LookupError, ValueError) as error:
+            except _NO_VALUE as error:
                 raise DataError(
                     f"{file}:{before + number + 1}",
                     name,
@@ -347,7 +350,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[LocatedRow]:
     import pyarrow
 
     # a file that is JSON, but not what datasets has written, is known by a type or name it lacks
-    unlike = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+    unlike = (*_NO_VALUE, AttributeError, RecursionError, TypeError)
     try:
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, *unlike, pyarrow.ArrowException) as error:
@@ -396,7 +399,7 @@ def _located(dataset: Any, label: str) -> Iterator[LocatedRow]:
         # a stored format leaves columns out, or makes frames of rows
         for number, row in enumerate(dataset.with_format(None), start=1):
             yield f"{label}:{number}", row
-    except (ArithmeticError, LookupError, OSError, ValueError, pyarrow.ArrowException) as error:
+    except (*_NO_VALUE, OSError, pyarrow.ArrowException) as error:
         where = f"{label}:{number + 1}"
         raise PrefoptError(
             f"{where}: found a value that cannot be read ({_first_line(error)}); remove the row, "
